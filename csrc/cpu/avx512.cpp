@@ -1,0 +1,94 @@
+// x86 with AVX-512 F, BW, DQ and VL: 16 floats, and a lookup of 16 entries in one instruction.
+#include "kernels.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#include <immintrin.h>
+
+namespace tq::cpu {
+namespace {
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_bf16(const uint16_t* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))};
+  }
+  static Vec load_f16(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  static Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static Vec above(Vec a, Vec b) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), _mm512_set1_ps(1))};
+  }
+  static Vec where_zero(Vec c, Vec a, Vec b) {
+    const __mmask16 zero = _mm512_cmp_ps_mask(c.v, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    return {_mm512_mask_blend_ps(zero, b.v, a.v)};
+  }
+  static Vec where_less(Vec a, Vec b, Vec x, Vec y) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+  }
+  static Vec power_of_two(Vec p, Vec t) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), n))};
+  }
+  static float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+  static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_bf16(uint16_t* p) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  void store_f16(uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+struct Bytes {
+  static constexpr int width = 64;
+  __m512i v;
+
+  static Bytes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Bytes interleave_low(Bytes a, Bytes b) { return {_mm512_unpacklo_epi8(a.v, b.v)}; }
+  static Bytes interleave_high(Bytes a, Bytes b) { return {_mm512_unpackhi_epi8(a.v, b.v)}; }
+  void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
+};
+
+// The permute takes the low 4 bits of each index: it is the lookup.
+inline void expand16(const uint8_t* bytes, const float* centroids, float* hi, float* lo) {
+  const __m512 table = _mm512_loadu_ps(centroids);
+  const __m512i byte =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  _mm512_storeu_ps(hi, _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table));
+  _mm512_storeu_ps(lo, _mm512_permutexvar_ps(byte, table));
+}
+
+}  // namespace
+}  // namespace tq::cpu
+
+#include "kernels.inl"
+
+namespace tq::cpu {
+const Kernels* avx512_kernels() {
+  static constexpr Kernels kernels = table("avx512");
+  return &kernels;
+}
+}  // namespace tq::cpu
+
+#else
+const tq::cpu::Kernels* tq::cpu::avx512_kernels() { return nullptr; }
+#endif
