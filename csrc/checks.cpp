@@ -174,8 +174,8 @@ void check_offset(const char* op, const Arg& offset, const Sizes& like) {
   if (ok) return;
   Sizes target = like;
   if (rank >= 2) target[rank - 2] = 1;
-  fail(op, offset.name, " must be ", dtypes_text(kFloats), " broadcastable to [..., 1, D] = ",
-       sizes_text(target), ", got ", offset.found());
+  fail(op, offset.name, " must be ", dtypes_text(kFloats),
+       " broadcastable to [..., 1, D] = ", sizes_text(target), ", got ", offset.found());
 }
 
 void check_lengths(const char* op, const Arg& arg, int64_t B) {
@@ -357,10 +357,10 @@ Checked<DecompressProblem> check_decompress(const Tensor& packed_, const Tensor&
 
 CheckedUpdate check_update(const Tensor& k_, const Tensor& v_, const Tensor& input_pos_,
                            const Tensor& rotation_, const Tensor& boundaries_,
-                           const Tensor& k_packed_, const Tensor& k_norms_,
-                           const Tensor& v_packed_, const Tensor& v_norms_,
-                           const OptionalTensor& centroids_, const std::string& k_norm,
-                           const std::string& v_norm, const OptionalTensor& k_offset_) {
+                           const Tensor& k_packed_, const Tensor& k_norms_, const Tensor& v_packed_,
+                           const Tensor& v_norms_, const OptionalTensor& centroids_,
+                           const std::string& k_norm, const std::string& v_norm,
+                           const OptionalTensor& k_offset_) {
   const char* op = "update_";
   const Arg k("k", k_), v("v", v_), input_pos("input_pos", input_pos_);
   const Arg rotation("rotation", rotation_), boundaries("boundaries", boundaries_);
@@ -384,8 +384,7 @@ CheckedUpdate check_update(const Tensor& k_, const Tensor& v_, const Tensor& inp
       (rank == 2 && input_pos.sizes[0] != B))
     fail(op, "input_pos must be ", dtypes_text(kInts), " [T] or [B, T] = [", T, "] or [", B, ", ",
          T, "], got ", input_pos.found());
-  if (T > S)
-    fail(op, "k must have at most as many tokens as the cache, got T = ", T, ", S = ", S);
+  if (T > S) fail(op, "k must have at most as many tokens as the cache, got T = ", T, ", S = ", S);
   check_rotation(op, rotation, D);
   check_boundaries(op, boundaries);
   if (centroids) check_centroids(op, *centroids);

@@ -41,11 +41,10 @@ Checked<DecompressProblem> check_decompress(const Tensor& packed, const Tensor& 
                                             std::optional<ScalarType> dtype);
 
 CheckedUpdate check_update(const Tensor& k, const Tensor& v, const Tensor& input_pos,
-                           const Tensor& rotation, const Tensor& boundaries,
-                           const Tensor& k_packed, const Tensor& k_norms, const Tensor& v_packed,
-                           const Tensor& v_norms, const OptionalTensor& centroids,
-                           const std::string& k_norm, const std::string& v_norm,
-                           const OptionalTensor& k_offset);
+                           const Tensor& rotation, const Tensor& boundaries, const Tensor& k_packed,
+                           const Tensor& k_norms, const Tensor& v_packed, const Tensor& v_norms,
+                           const OptionalTensor& centroids, const std::string& k_norm,
+                           const std::string& v_norm, const OptionalTensor& k_offset);
 
 // outputs: out, and lse if `with_lse`.
 Checked<AttentionProblem> check_attention(

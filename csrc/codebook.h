@@ -8,8 +8,8 @@
 namespace tq {
 
 struct Codebook {
-  std::array<float, kLevels> centroids;        // ascending, centroids[i] == -centroids[15 - i]
-  std::array<float, kBoundaries> boundaries;   // boundaries[i] = (centroids[i] + centroids[i+1]) / 2
+  std::array<float, kLevels> centroids;       // ascending, centroids[i] == -centroids[15 - i]
+  std::array<float, kBoundaries> boundaries;  // boundaries[i] = (centroids[i] + centroids[i+1]) / 2
 };
 
 // The optimum for N(0, 1/dim), the distribution of one coordinate of a random unit vector in `dim`

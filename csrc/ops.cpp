@@ -1,8 +1,8 @@
 // START HERE: every op of turboquant, on one page.
 //
-// torch.ops.turboquant.* are declared below through torch's stable ABI (STABLE_TORCH_LIBRARY), which
-// registers with the same dispatcher as TORCH_LIBRARY and lets one build run on torch 2.10 and
-// later. Each backend registers its implementations in its own ops.cpp: csrc/cpu/ops.cpp,
+// torch.ops.turboquant.* are declared below through torch's stable ABI (STABLE_TORCH_LIBRARY),
+// which registers with the same dispatcher as TORCH_LIBRARY and lets one build run on torch 2.10
+// and later. Each backend registers its implementations in its own ops.cpp: csrc/cpu/ops.cpp,
 // csrc/cuda/ops.cpp. The fake kernels, which tell torch.compile and torch.export the output shapes,
 // are in turboquant/ops.py beside the documented Python functions.
 //
@@ -34,6 +34,9 @@ STABLE_TORCH_LIBRARY(turboquant, m) {
 
   // Private, for tests and `turboquant info`. `_cpu_isas`: the instruction sets that this host can
   // run, separated by blanks. `_cpu_isa`: the one in use, after switching to `use` if it is given.
+  // `_cpu_library_prefill`: whether many bf16 rows go to torch's attention (csrc/cpu/prefill.cpp),
+  // after setting it.
   m.def("_cpu_isas() -> str");
   m.def("_cpu_isa(str? use=None) -> str");
+  m.def("_cpu_library_prefill(bool? use=None) -> bool");
 }

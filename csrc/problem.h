@@ -64,10 +64,10 @@ struct DecompressProblem {
 // [kv_start[b], min(kv_len[b], causal limit of i)) that the mask allows.
 struct AttentionProblem {
   int64_t B, Hq, Hkv, Lq, Lkv, D;
-  View query;             // [B, Hq, Lq, D]
-  View out;               // like the query
-  View k_packed;          // uint8 [B, Hkv, Lkv, D/2]
-  View k_norms;           // bf16 or f32 [B, Hkv, Lkv, 1]
+  View query;     // [B, Hq, Lq, D]
+  View out;       // like the query
+  View k_packed;  // uint8 [B, Hkv, Lkv, D/2]
+  View k_norms;   // bf16 or f32 [B, Hkv, Lkv, 1]
   View v_packed;
   View v_norms;
   View mask;              // bool [B, 1, Lq, Lkv] or none
@@ -76,10 +76,10 @@ struct AttentionProblem {
   View sinks;             // [Hq] along stride[1], or none
   const float* rotation;  // [D, D] contiguous
   const float* centroids;
-  float* lse;             // [B, Hq, Lq] contiguous, or null
+  float* lse;  // [B, Hq, Lq] contiguous, or null
   float scale;
-  float softcap;          // 0: off
-  bool causal;            // bottom-right: row i sees keys <= kv_len - Lq + i
+  float softcap;  // 0: off
+  bool causal;    // bottom-right: row i sees keys <= kv_len - Lq + i
 
   TQ_HOST_DEVICE int64_t length(int64_t b) const {
     const int64_t n = kv_len.data ? kv_len.at(b) : Lkv;

@@ -49,9 +49,7 @@ def _shape(
     op: str, arg: str, t: Tensor, dtypes: Sequence[torch.dtype], dims: str, sizes: Sequence[int]
 ) -> None:
     def message() -> str:
-        return (
-            f"{op}: {arg} must be {_dtypes(dtypes)} {dims} = {_sizes(sizes)}, got {_found(t)}"
-        )
+        return f"{op}: {arg} must be {_dtypes(dtypes)} {dims} = {_sizes(sizes)}, got {_found(t)}"
 
     torch._check(t.dtype in dtypes and t.dim() == len(sizes), message)
     for have, want in zip(t.shape, sizes):
@@ -60,11 +58,8 @@ def _shape(
 
 def _device(op: str, first: str, device: torch.device, others: dict[str, Tensor | None]) -> None:
     for arg, t in others.items():
-        if t is not None:
-            torch._check(
-                t.device == device,
-                lambda: f"{op}: {arg} must be on {first}'s device {device}, got {t.device}",
-            )
+        if t is not None and t.device != device:
+            raise RuntimeError(f"{op}: {arg} must be on {first}'s device {device}, got {t.device}")
 
 
 def _head_dim(op: str, arg: str, t: Tensor, D: int) -> None:
@@ -204,7 +199,8 @@ def update_(
     if input_pos.dim() == 2:
         torch._check(input_pos.shape[0] == B, positions)
     torch._check(
-        T <= S, lambda: f"{op}: k must have at most as many tokens as the cache, got T = {T}, S = {S}"
+        T <= S,
+        lambda: f"{op}: k must have at most as many tokens as the cache, got T = {T}, S = {S}",
     )
     _constants(op, D, rotation=(rotation, 0), boundaries=(boundaries, 15),
                centroids=(centroids, 16))  # fmt: skip
@@ -274,8 +270,10 @@ def attention(
     if is_causal:
         torch._check(
             Lq == Lkv,
-            lambda: f"{op}: is_causal must come with Lq == Lkv (mask_is_causal is the rule for "
-            f"queries at the end of a longer context), got Lq = {Lq}, Lkv = {Lkv}",
+            lambda: (
+                f"{op}: is_causal must come with Lq == Lkv (mask_is_causal is the rule for "
+                f"queries at the end of a longer context), got Lq = {Lq}, Lkv = {Lkv}"
+            ),
         )
     for arg, t in {"kv_len": kv_len, "kv_start": kv_start}.items():
         if t is not None:

@@ -225,13 +225,11 @@ def replace_kv_cache(
     >>> type(model["cache"]).__name__
     'TurboQuantKVCache'
     """
-    if isinstance(cls_or_predicate, type):
-        cls = cls_or_predicate
 
-        def recognised(module: nn.Module) -> bool:
-            return isinstance(module, cls)
-    else:
-        recognised = cls_or_predicate
+    def recognised(module: nn.Module) -> bool:
+        if isinstance(cls_or_predicate, type):
+            return isinstance(module, cls_or_predicate)
+        return cls_or_predicate(module)
 
     swaps: list[tuple[nn.Module, str, TurboQuantKVCache]] = []
     for path, parent in model.named_modules():

@@ -18,9 +18,9 @@ from torch import Tensor
 from turboquant import _checks as checks
 from turboquant import reference
 
-_HERE = Path(__file__).parent
-CPU_LIBRARY = _HERE / "libturboquant.so"
-CUDA_LIBRARY = _HERE / "libturboquant_cuda.so"
+_LIBRARIES = Path(__file__).parent / "lib"
+CPU_LIBRARY = _LIBRARIES / "libturboquant.so"
+CUDA_LIBRARY = _LIBRARIES / "libturboquant_cuda.so"
 INSTALL_WITH_CUDA = (
     'TURBOQUANT_CUDA=on pip install --force-reinstall --no-deps "turboquant-tq4"'
     " (needs nvcc and a CUDA build of torch)"

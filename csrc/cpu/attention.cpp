@@ -9,6 +9,7 @@
 #include "../softmax.h"
 #include "buffer.h"
 #include "kernels.h"
+#include "prefill.h"
 
 namespace tq::cpu {
 namespace {
@@ -17,8 +18,8 @@ namespace {
 // each packed byte is expanded once for all of them. A block is up to kMaxRows rows; the keys it
 // sees are cut into splits, so that few rows over a long context still occupy all threads.
 struct Block {
-  int64_t b, h;             // batch row, KV head
-  int64_t first, rows;      // rows [first, first + rows) of the head
+  int64_t b, h;         // batch row, KV head
+  int64_t first, rows;  // rows [first, first + rows) of the head
   int64_t key_begin, key_end;
   int64_t splits;
 
@@ -115,7 +116,7 @@ class Attention {
  private:
   const AttentionProblem& p;
   const int64_t group, rows_per_head, width;
-  const Buffer query;     // [B, Hkv, rows_per_head, D], rotated, times the scale
+  const Buffer query;  // [B, Hkv, rows_per_head, D], rotated, times the scale
   const Buffer unrotate;
 
   void rotate_queries() {
@@ -130,8 +131,8 @@ class Attention {
         const int64_t rows = std::min<int64_t>(kRowBlock, end - first);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t n = first + r, head_row = n % rows_per_head, head = n / rows_per_head;
-          const Strided from = row(p.query, head / p.Hkv, query_head(head % p.Hkv, head_row),
-                                   head_row / group);
+          const Strided from =
+              row(p.query, head / p.Hkv, query_head(head % p.Hkv, head_row), head_row / group);
           kernels().load(in + r * p.D, from, p.D);
         }
         kernels().gemm(rows, padded / kPanel, p.D, in, p.D, panels.get(), p.D * kPanel, rotated,
@@ -207,8 +208,8 @@ class Attention {
 
   // Merge a block's splits, divide, rotate back, store.
   void finish(const Block& block, const Partials& partials, float* scratch) const {
-    float* merged = scratch;                        // [rows][width]
-    float* out = merged + kMaxRows * width;         // [rows][D padded]
+    float* merged = scratch;                 // [rows][width]
+    float* out = merged + kMaxRows * width;  // [rows][D padded]
     const int64_t padded = round_up(p.D, kPanel);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t hq = query_head(block.h, block.first + r), i = (block.first + r) / group;
@@ -252,6 +253,7 @@ class Attention {
 
 void attention(const AttentionProblem& problem) {
   if (problem.B == 0 || problem.Hq == 0 || problem.Lq == 0) return;
+  if (prefill_applies(problem)) return prefill(problem);
   Attention(problem).run();
 }
 

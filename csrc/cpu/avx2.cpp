@@ -89,8 +89,8 @@ inline void expand16(const uint8_t* bytes, const float* centroids, float* hi, fl
                             _mm256_castsi256_ps(bit3_as_sign));
   };
   for (int half = 0; half < 16; half += 8) {
-    const __m256i byte = _mm256_cvtepu8_epi32(
-        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + half)));
+    const __m256i byte =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + half)));
     _mm256_storeu_ps(hi + half, look_up(_mm256_srli_epi32(byte, 4), _mm256_slli_epi32(byte, 24)));
     _mm256_storeu_ps(lo + half, look_up(byte, _mm256_slli_epi32(byte, 28)));
   }

@@ -12,10 +12,10 @@
 
 namespace tq::cpu {
 
-inline constexpr int kPanel = 16;      // columns of a panel
-inline constexpr int kTile = 64;       // keys that attention expands at a time
-inline constexpr int kMaxRows = 48;    // query rows that share one expanded tile
-inline constexpr int kRowBlock = 32;   // vectors that compress and decompress take at a time
+inline constexpr int kPanel = 16;     // columns of a panel
+inline constexpr int kTile = 32;      // keys that attention expands at a time
+inline constexpr int kMaxRows = 48;   // query rows that share one expanded tile
+inline constexpr int kRowBlock = 32;  // vectors that compress and decompress take at a time
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -42,41 +42,39 @@ struct PackedHead {
 // Unnormalised attention of a block of query rows over keys [first, last) of one KV head.
 struct AttendTask {
   int64_t rows, D;
-  const float* q;                 // [rows][D], rotated, times the scale
+  const float* q;  // [rows][D], rotated, times the scale
   PackedHead k, v;
-  const float* centroids;         // [16]
+  const float* centroids;  // [16]
   int64_t first, last;
-  int64_t start;                  // keys below it are unseen
-  const int64_t* limit;           // [rows]: keys from it on are unseen
-  const uint8_t* const* mask;     // [rows]: where each row's bools start; or null
+  int64_t start;               // keys below it are unseen
+  const int64_t* limit;        // [rows]: keys from it on are unseen
+  const uint8_t* const* mask;  // [rows]: where each row's bools start; or null
   int64_t mask_stride;
-  float softcap;                  // 0: off
-  float* scratch;                 // attend_scratch(D) floats
+  float softcap;   // 0: off
+  float* scratch;  // attend_scratch(D) floats
   // Out, unnormalised: each row's largest score, its sum of exp(score - max), and its sum of
   // exp(score - max) · v in the order of expanded_position.
   float* max;
   float* sum;
-  float* out;                     // [rows][expanded_dim(D)]
+  float* out;  // [rows][expanded_dim(D)]
 };
 
-constexpr int64_t attend_scratch(int64_t D) {
-  return kTile * (D + expanded_dim(D) + kMaxRows + 3);
-}
+constexpr int64_t attend_scratch(int64_t D) { return kTile * (D + expanded_dim(D) + kMaxRows + 3); }
 
 // Up to kRowBlock vectors to compress.
 struct CompressTask {
   int64_t rows, D;
-  const Strided* x;                // [rows]
-  const Strided* offset;           // [rows], subtracted from x; or null
-  const float* rotation_panels;    // rotationᵀ: D x round_up(D, 16)
-  const float* boundaries;         // [15]
-  const float* centroids;          // [16] or null
+  const Strided* x;              // [rows]
+  const Strided* offset;         // [rows], subtracted from x; or null
+  const float* rotation_panels;  // rotationᵀ: D x round_up(D, 16)
+  const float* boundaries;       // [15]
+  const float* centroids;        // [16] or null
   NormPolicy policy;
-  uint8_t* const* packed;          // [rows]: where to write; null skips the row
+  uint8_t* const* packed;  // [rows]: where to write; null skips the row
   int64_t byte_stride;
-  void* const* norms;              // [rows]
+  void* const* norms;  // [rows]
   Dtype norm_dtype;
-  float* scratch;                  // compress_scratch(D) floats
+  float* scratch;  // compress_scratch(D) floats
 };
 
 constexpr int64_t compress_scratch(int64_t D) { return kRowBlock * (D + round_up(D, kPanel) + 1); }
@@ -84,15 +82,15 @@ constexpr int64_t compress_scratch(int64_t D) { return kRowBlock * (D + round_up
 // Up to kRowBlock vectors to decompress.
 struct DecompressTask {
   int64_t rows, D;
-  const uint8_t* const* packed;    // [rows]
+  const uint8_t* const* packed;  // [rows]
   int64_t byte_stride;
-  const Strided* norms;            // [rows], one number each
-  const Strided* offset;           // [rows], added to x; or null
-  const float* rotation_panels;    // rotation, its rows in the order of expanded_position
+  const Strided* norms;          // [rows], one number each
+  const Strided* offset;         // [rows], added to x; or null
+  const float* rotation_panels;  // rotation, its rows in the order of expanded_position
   const float* centroids;
-  void* const* x;                  // [rows], contiguous
+  void* const* x;  // [rows], contiguous
   Dtype dtype;
-  float* scratch;                  // decompress_scratch(D) floats
+  float* scratch;  // decompress_scratch(D) floats
 };
 
 constexpr int64_t decompress_scratch(int64_t D) {

@@ -49,7 +49,7 @@ inline float half_to_float(uint16_t x) {
 }
 inline uint16_t float_to_half(float x) {
   const uint32_t sign = to_bits(x) >> 16 & 0x8000, bits = to_bits(x) & 0x7fffffff;
-  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
+  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);  // NaN
   if (bits >= to_bits(65520.0f)) return static_cast<uint16_t>(sign | 0x7c00);
   if (bits < to_bits(0x1p-14f))  // subnormal: adding 0.5 rounds at the right bit
     return static_cast<uint16_t>(sign | (to_bits(from_bits(bits) + 0.5f) - to_bits(0.5f)));
@@ -117,7 +117,8 @@ inline Exp exp_parts(Vec x) {
   const Vec magic = Vec::set1(0x1.8p23f);
   const Vec n = Vec::fma(x, Vec::set1(0x1.715476p0f), magic);
   const Vec whole = Vec::sub(n, magic);
-  Vec r = Vec::fma(whole, Vec::set1(-0x1.62e4p-1f), x);  // ln 2 in two parts; whole · first is exact
+  Vec r =
+      Vec::fma(whole, Vec::set1(-0x1.62e4p-1f), x);  // ln 2 in two parts; whole · first is exact
   r = Vec::fma(whole, Vec::set1(-0x1.7f7d1cp-20f), r);
   Vec t = Vec::set1(1.0f / 5040);
   constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f};
@@ -251,8 +252,7 @@ inline void expand_row(const uint8_t* packed, int64_t byte_stride, int64_t D,
                        const float* centroids, float* out, int64_t group_stride) {
   for (int64_t g = 0; g < expanded_dim(D) / 32; ++g) {
     Copy<16> copy;
-    const uint8_t* bytes =
-        copy.load(packed + g * 16 * byte_stride, byte_stride, D / 2 - g * 16);
+    const uint8_t* bytes = copy.load(packed + g * 16 * byte_stride, byte_stride, D / 2 - g * 16);
     expand16(bytes, centroids, out + 2 * g * group_stride, out + (2 * g + 1) * group_stride);
   }
 }
@@ -310,8 +310,7 @@ inline float softmax_row(float* scores, int64_t padded, const float* k_norm, con
   Vec tile_max = Vec::set1(kNegInf);
   for (int64_t j = 0; j < padded; j += Vec::width) {
     Vec x = Vec::mul(Vec::load(scores + j), Vec::load(k_norm + j));
-    if (softcap != 0)
-      x = Vec::mul(Vec::set1(softcap), tanh(Vec::mul(x, Vec::set1(1 / softcap))));
+    if (softcap != 0) x = Vec::mul(Vec::set1(softcap), tanh(Vec::mul(x, Vec::set1(1 / softcap))));
     // Selected, not added: an unseen key may have a NaN for a norm.
     if (bias) x = Vec::where_zero(Vec::load(bias + j), x, Vec::set1(kNegInf));
     x.store(scores + j);
@@ -337,7 +336,7 @@ inline float softmax_row(float* scores, int64_t padded, const float* k_norm, con
   return correction[0];
 }
 
-// For each tile of 64 keys: expand K transposed, scores = q · Kᵀ; expand V, out += weights · V.
+// For each tile of kTile keys: expand K transposed, scores = q · Kᵀ; expand V, out += weights · V.
 // Per coordinate of K or V and row: one multiply-add. Per coordinate: one lookup, one store and
 // 1/rows-th of the loads. All but the packed bytes stays in the L1 and L2 caches.
 void attend(const AttendTask& task) {

@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "codec.h"
 #include "dispatch.h"
+#include "prefill.h"
 
 namespace tq::cpu {
 namespace {
@@ -72,13 +73,19 @@ std::tuple<Tensor, Tensor> attention_op(
 
 std::string cpu_isas() {
   std::string names;
-  for (const Kernels* set : available()) names += (names.empty() ? "" : " ") + std::string(set->isa);
+  for (const Kernels* set : available())
+    names += (names.empty() ? "" : " ") + std::string(set->isa);
   return names;
 }
 
 std::string cpu_isa(const std::optional<std::string>& isa) {
   if (isa) use(*isa);
   return kernels().isa;
+}
+
+bool cpu_library_prefill(std::optional<bool> use) {
+  if (use) enable_prefill(*use);
+  return prefill_enabled();
 }
 
 }  // namespace
@@ -96,4 +103,5 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isas", TORCH_BOX(&tq::cpu::cpu_isas));
   m.impl("_cpu_isa", TORCH_BOX(&tq::cpu::cpu_isa));
+  m.impl("_cpu_library_prefill", TORCH_BOX(&tq::cpu::cpu_library_prefill));
 }

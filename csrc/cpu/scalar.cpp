@@ -22,14 +22,30 @@ struct Vec {
     for (int i = 0; i < width; ++i) v.lane[i] = f(i);
     return v;
   }
-  static Vec load(const float* p) { return make([=](int i) { return p[i]; }); }
-  static Vec load_bf16(const uint16_t* p) { return make([=](int i) { return bf16_to_float(p[i]); }); }
-  static Vec load_f16(const uint16_t* p) { return make([=](int i) { return half_to_float(p[i]); }); }
-  static Vec set1(float x) { return make([=](int) { return x; }); }
-  static Vec add(Vec a, Vec b) { return make([&](int i) { return a.lane[i] + b.lane[i]; }); }
-  static Vec sub(Vec a, Vec b) { return make([&](int i) { return a.lane[i] - b.lane[i]; }); }
-  static Vec mul(Vec a, Vec b) { return make([&](int i) { return a.lane[i] * b.lane[i]; }); }
-  static Vec div(Vec a, Vec b) { return make([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  static Vec load(const float* p) {
+    return make([=](int i) { return p[i]; });
+  }
+  static Vec load_bf16(const uint16_t* p) {
+    return make([=](int i) { return bf16_to_float(p[i]); });
+  }
+  static Vec load_f16(const uint16_t* p) {
+    return make([=](int i) { return half_to_float(p[i]); });
+  }
+  static Vec set1(float x) {
+    return make([=](int) { return x; });
+  }
+  static Vec add(Vec a, Vec b) {
+    return make([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Vec sub(Vec a, Vec b) {
+    return make([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static Vec mul(Vec a, Vec b) {
+    return make([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static Vec div(Vec a, Vec b) {
+    return make([&](int i) { return a.lane[i] / b.lane[i]; });
+  }
   static Vec fma(Vec a, Vec b, Vec c) {
     return make([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
@@ -53,9 +69,7 @@ struct Vec {
     for (int i = 1; i < width; ++i) m = v.lane[i] > m ? v.lane[i] : m;
     return m;
   }
-  static float reduce_add(Vec v) {
-    return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]);
-  }
+  static float reduce_add(Vec v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
   void store(float* p) const {
     for (int i = 0; i < width; ++i) p[i] = lane[i];
   }

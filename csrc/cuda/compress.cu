@@ -62,8 +62,8 @@ __device__ float load_direction(const CompressProblem& p, int64_t vector, float*
 
 __global__ void __launch_bounds__(kThreads) compress_kernel(const CompressProblem p) {
   extern __shared__ float shared[];
-  float* x = shared;                      // [kVectors][D]
-  float* y = shared + kVectors * p.D;     // [kVectors][D], rotated
+  float* x = shared;                   // [kVectors][D]
+  float* y = shared + kVectors * p.D;  // [kVectors][D], rotated
   __shared__ float norm[kVectors];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = static_cast<int>(p.D);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kVectors, total = p.B * p.H * p.S;
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads) decompress_kernel(const DecompressPr
       const Position at(first + v, p.H, p.S);
       float value = sum[v] * load_element(p.norms, offset_of(p.norms, at.b, at.h, at.s));
       if (p.offset)
-        value += load_element(p.offset,
-                              offset_of(p.offset, at.b, at.h, 0) + d * p.offset.stride[3]);
+        value +=
+            load_element(p.offset, offset_of(p.offset, at.b, at.h, 0) + d * p.offset.stride[3]);
       store_element(p.x, offset_of(p.x, at.b, at.h, at.s) + d, value);
     }
   }
