@@ -16,7 +16,6 @@ from typing import Any
 from scikit_build_core import build as _backend
 from scikit_build_core.build import (  # noqa: F401
     build_sdist,
-    get_requires_for_build_editable,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
@@ -41,6 +40,10 @@ def _with_torch(settings: dict[str, Any] | None) -> dict[str, Any]:
 def get_requires_for_build_wheel(settings: dict[str, Any] | None = None) -> list[str]:
     requires = _backend.get_requires_for_build_wheel(settings)
     return requires if _torch() else [*requires, "torch>=2.10"]
+
+
+def get_requires_for_build_editable(settings: dict[str, Any] | None = None) -> list[str]:
+    return get_requires_for_build_wheel(settings)
 
 
 def build_wheel(

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turboquant.constants import codebook, rotation
+from turboquant.constants import shared_constants
 from turboquant.ops import decompress, tq4_attention, update_
-
-
-@functools.cache
-def _constants(head_dim: int, seed: int) -> dict[str, Tensor]:
-    """The constant buffers, shared by all caches of a process; read only."""
-    centroids, boundaries = codebook(head_dim)
-    pi = rotation(head_dim, seed)
-    return {
-        "centroids": centroids,
-        "boundaries": boundaries,
-        "rotation": pi,
-        "rotation_T": pi.T.contiguous(),
-    }
 
 
 class TurboQuantKVCache(nn.Module):
@@ -100,10 +86,9 @@ class TurboQuantKVCache(nn.Module):
         self.k_norm = k_norm
         self.v_norm = v_norm
         # By value, so that a pickled cache carries its rotation.
-        self._constants = _constants(head_dim, seed)
+        self._constants = shared_constants(head_dim, seed)
+        device = torch.get_default_device()  # that of torch.device("meta"), for example
         for name, constant in self._constants.items():
-            # clone() leaves the shared tensor alone, zeros() follows torch.device("meta").
-            device = torch.zeros(0).device
             self.register_buffer(name, constant.clone().to(device), persistent=False)
         for side in "kv":
             packed = torch.zeros(batch_size, n_heads, max_seq_len, head_dim // 2, dtype=torch.uint8)

@@ -46,6 +46,25 @@ def _rotation(dim: int, seed: int) -> Tensor:
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
 
 
+@functools.cache
+def _all(dim: int, seed: int) -> dict[str, Tensor]:
+    centroids, boundaries = _codebook(dim)
+    pi = _rotation(dim, seed)
+    return {
+        "centroids": centroids,
+        "boundaries": boundaries,
+        "rotation": pi,
+        "rotation_T": pi.T.contiguous(),
+    }
+
+
+def shared_constants(dim: int, seed: int) -> dict[str, Tensor]:
+    """What a cache module holds, by buffer name. Shared by all of a process: read only."""
+    _C.check_dim(dim)
+    with _real_cpu_tensors():
+        return _all(dim, seed)
+
+
 def codebook(dim: int) -> tuple[Tensor, Tensor]:
     """The 16 levels that minimise the squared error of one coordinate of a random unit vector.
 

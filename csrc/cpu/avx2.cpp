@@ -9,6 +9,7 @@ namespace {
 
 struct Vec {
   static constexpr int width = 8;
+  static constexpr int few_rows = 4;
   __m256 v;
 
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -49,6 +50,10 @@ struct Vec {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
   }
+  static void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* sums) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_bf16(uint16_t* p) const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -81,18 +86,32 @@ struct Bytes {
 
 // A permute takes the low 3 bits of each index, so the table is two of 8, and bit 3, moved to the
 // sign, blends them.
-inline void expand16(const uint8_t* bytes, const float* centroids, float* hi, float* lo) {
-  const __m256 low = _mm256_loadu_ps(centroids), high = _mm256_loadu_ps(centroids + 8);
-  const auto look_up = [&](__m256i index, __m256i bit3_as_sign) {
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                            _mm256_permutevar8x32_ps(high, index),
-                            _mm256_castsi256_ps(bit3_as_sign));
-  };
+struct Table {
+  __m256 low, high;
+
+  explicit Table(const float* centroids)
+      : low(_mm256_loadu_ps(centroids)), high(_mm256_loadu_ps(centroids + 8)) {}
+  Vec look_up(__m256i index, __m256i bit3_as_sign) const {
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                             _mm256_permutevar8x32_ps(high, index),
+                             _mm256_castsi256_ps(bit3_as_sign))};
+  }
+};
+
+struct Pair {
+  Vec hi, lo;
+};
+inline Pair expand(const uint8_t* bytes, const Table& table) {
+  const __m256i byte =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return {table.look_up(_mm256_srli_epi32(byte, 4), _mm256_slli_epi32(byte, 24)),
+          table.look_up(byte, _mm256_slli_epi32(byte, 28))};
+}
+inline void expand16(const uint8_t* bytes, const Table& table, float* hi, float* lo) {
   for (int half = 0; half < 16; half += 8) {
-    const __m256i byte =
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + half)));
-    _mm256_storeu_ps(hi + half, look_up(_mm256_srli_epi32(byte, 4), _mm256_slli_epi32(byte, 24)));
-    _mm256_storeu_ps(lo + half, look_up(byte, _mm256_slli_epi32(byte, 28)));
+    const Pair x = expand(bytes + half, table);
+    x.hi.store(hi + half);
+    x.lo.store(lo + half);
   }
 }
 

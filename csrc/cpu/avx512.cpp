@@ -9,6 +9,7 @@ namespace {
 
 struct Vec {
   static constexpr int width = 16;
+  static constexpr int few_rows = 8;
   __m512 v;
 
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -42,6 +43,14 @@ struct Vec {
   }
   static float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
   static float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+  static void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* sums) {
+    const auto halves = [](Vec x) {
+      return _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    };
+    const __m256 x =
+        _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_bf16(uint16_t* p) const {
     const __m512i bits = _mm512_castps_si512(v);
@@ -69,12 +78,25 @@ struct Bytes {
 };
 
 // The permute takes the low 4 bits of each index: it is the lookup.
-inline void expand16(const uint8_t* bytes, const float* centroids, float* hi, float* lo) {
-  const __m512 table = _mm512_loadu_ps(centroids);
+struct Table {
+  __m512 centroids;
+
+  explicit Table(const float* from) : centroids(_mm512_loadu_ps(from)) {}
+};
+
+struct Pair {
+  Vec hi, lo;
+};
+inline Pair expand(const uint8_t* bytes, const Table& table) {
   const __m512i byte =
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  _mm512_storeu_ps(hi, _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table));
-  _mm512_storeu_ps(lo, _mm512_permutexvar_ps(byte, table));
+  return {{_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table.centroids)},
+          {_mm512_permutexvar_ps(byte, table.centroids)}};
+}
+inline void expand16(const uint8_t* bytes, const Table& table, float* hi, float* lo) {
+  const Pair x = expand(bytes, table);
+  x.hi.store(hi);
+  x.lo.store(lo);
 }
 
 }  // namespace

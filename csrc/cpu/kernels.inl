@@ -11,9 +11,10 @@
 //   load_bf16 load_f16 store_bf16 store_f16
 //   reduce_max reduce_add
 // Bytes is a register of `width` bytes, with load, store and the interleaving of the lower or upper
-// halves of each of its 16-byte parts. The file also defines
-//   expand16(bytes, centroids, hi, lo)  16 bytes to 16 values of their high and 16 of their low
-//   nibbles
+// halves of each of its 16-byte parts. Table holds the 16 centroids, and
+//   expand16(bytes, table, hi, lo)  looks up the high and the low nibbles of 16 bytes, to memory
+//   expand(bytes, table)            the same of `width` bytes, to a Pair {hi, lo} of registers
+// Vec::few_rows is how many query rows attention may hold in registers beside that.
 
 namespace tq::cpu {
 namespace {
@@ -248,19 +249,19 @@ inline void transpose(const uint8_t* const (&in)[16], uint8_t (&out)[16][Bytes::
 
 // One row as 32 values per 16 bytes, in the order of expanded_position; group g of 32 values goes
 // to out + 2g · group_stride and out + (2g + 1) · group_stride.
-inline void expand_row(const uint8_t* packed, int64_t byte_stride, int64_t D,
-                       const float* centroids, float* out, int64_t group_stride) {
+inline void expand_row(const uint8_t* packed, int64_t byte_stride, int64_t D, const Table& table,
+                       float* out, int64_t group_stride) {
   for (int64_t g = 0; g < expanded_dim(D) / 32; ++g) {
     Copy<16> copy;
     const uint8_t* bytes = copy.load(packed + g * 16 * byte_stride, byte_stride, D / 2 - g * 16);
-    expand16(bytes, centroids, out + 2 * g * group_stride, out + (2 * g + 1) * group_stride);
+    expand16(bytes, table, out + 2 * g * group_stride, out + (2 * g + 1) * group_stride);
   }
 }
 
 // Keys [first, first + n) as kᵀ in panels of 16 keys: panel[d][key]. Keys past n are whatever the
 // zero byte means.
 inline void expand_keys(const PackedHead& k, int64_t first, int64_t n, int64_t D,
-                        const float* centroids, float* out) {
+                        const Table& table, float* out) {
   for (int64_t panel = 0; panel < n; panel += kPanel, out += D * kPanel) {
     for (int64_t column = 0; column < D / 2; column += Bytes::width) {
       Copy<Bytes::width> copies[16];
@@ -273,7 +274,7 @@ inline void expand_keys(const PackedHead& k, int64_t first, int64_t n, int64_t D
       transpose(rows, columns);
       for (int64_t j = 0; j < Bytes::width && column + j < D / 2; ++j) {
         float* even = out + 2 * (column + j) * kPanel;
-        expand16(&columns[j % 16][j / 16 * 16], centroids, even, even + kPanel);
+        expand16(&columns[j % 16][j / 16 * 16], table, even, even + kPanel);
       }
     }
   }
@@ -281,13 +282,78 @@ inline void expand_keys(const PackedHead& k, int64_t first, int64_t n, int64_t D
 
 // Values [first, first + n) as panels: panel[key][16 coordinates].
 inline void expand_values(const PackedHead& v, int64_t first, int64_t n, int64_t D,
-                          const float* centroids, float* out) {
+                          const Table& table, float* out) {
   for (int64_t i = 0; i < n; ++i)
-    expand_row(v.data + (first + i) * v.stride, v.byte_stride, D, centroids, out + i * kPanel,
+    expand_row(v.data + (first + i) * v.stride, v.byte_stride, D, table, out + i * kPanel,
                kTile * kPanel);
 }
 
 // ----------------------------------------------------------------------------------- attention
+
+// With few rows per KV head expansion is most of the work, and going through memory most of that.
+// So where the registers suffice (Vec::few_rows), values are used as they are expanded.
+
+// scores[m][j] = q[m] · key first + j, with the rows of q in the order of expanded_position.
+template <int M>
+inline void score_few(const PackedHead& k, int64_t first, int64_t n, int64_t D, const Table& table,
+                      const float* q, float* scores) {
+  for (int64_t j = 0; j < n; ++j) {
+    const uint8_t* row = k.data + (first + j) * k.stride;
+    Vec even[M], odd[M];
+    for (int m = 0; m < M; ++m) even[m] = odd[m] = Vec::set1(0);
+    for (int64_t c = 0; c < D / 2; c += Vec::width) {
+      const Pair x = expand(row + c, table);
+      const float* at = q + c / 16 * 32 + c % 16;
+      for (int m = 0; m < M; ++m) {
+        even[m] = Vec::fma(Vec::load(at + m * D), x.hi, even[m]);
+        odd[m] = Vec::fma(Vec::load(at + m * D + 16), x.lo, odd[m]);
+      }
+    }
+    for (int m = 0; m < M; m += 4) {  // four sums cost little more than one
+      const auto sum = [&](int i) { return Vec::add(even[i < M ? i : m], odd[i < M ? i : m]); };
+      float sums[4];
+      Vec::reduce_add4(sum(m), sum(m + 1), sum(m + 2), sum(m + 3), sums);
+      for (int i = m; i < M && i < m + 4; ++i) scores[i * kTile + j] = sums[i - m];
+    }
+  }
+}
+
+// out[m] += sum over j of weights[m][j] · value first + j, in the order of expanded_position.
+template <int M>
+inline void accumulate_few(const PackedHead& v, int64_t first, int64_t n, int64_t D,
+                           const Table& table, const float* weights, float* out) {
+  for (int64_t c = 0; c < D / 2; c += Vec::width) {
+    float* at = out + c / 16 * 32 + c % 16;
+    Vec even[M], odd[M];
+    for (int m = 0; m < M; ++m) {
+      even[m] = Vec::load(at + m * D);
+      odd[m] = Vec::load(at + m * D + 16);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const Pair x = expand(v.data + (first + j) * v.stride + c, table);
+      for (int m = 0; m < M; ++m) {
+        const Vec w = Vec::set1(weights[m * kTile + j]);
+        even[m] = Vec::fma(w, x.hi, even[m]);
+        odd[m] = Vec::fma(w, x.lo, odd[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      even[m].store(at + m * D);
+      odd[m].store(at + m * D + 16);
+    }
+  }
+}
+
+template <int M = Vec::few_rows, class... Args>
+inline void score_up_to(int64_t rows, const Args&... args) {
+  if (rows == M) return score_few<M>(args...);
+  if constexpr (M > 1) score_up_to<M - 1>(rows, args...);
+}
+template <int M = Vec::few_rows, class... Args>
+inline void accumulate_up_to(int64_t rows, const Args&... args) {
+  if (rows == M) return accumulate_few<M>(args...);
+  if constexpr (M > 1) accumulate_up_to<M - 1>(rows, args...);
+}
 
 // bias[j] = 0 where row r sees key first + j, -inf elsewhere. False if it sees all n keys and n
 // fills the vectors, so that no bias is needed.
@@ -336,12 +402,16 @@ inline float softmax_row(float* scores, int64_t padded, const float* k_norm, con
   return correction[0];
 }
 
-// For each tile of kTile keys: expand K transposed, scores = q · Kᵀ; expand V, out += weights · V.
-// Per coordinate of K or V and row: one multiply-add. Per coordinate: one lookup, one store and
-// 1/rows-th of the loads. All but the packed bytes stays in the L1 and L2 caches.
+// For each tile of kTile keys: scores = q · Kᵀ, softmax, out += weights · V. With more than a few
+// rows K (transposed) and V are expanded to memory first and shared by all rows. Per coordinate of
+// K or V: one lookup, and a multiply-add for each row. All but the packed bytes stays in the
+// caches.
 void attend(const AttendTask& task) {
   const int64_t rows = task.rows, D = task.D, width = expanded_dim(D);
-  float* keys = task.scratch;
+  const bool few =
+      rows <= Vec::few_rows && width == D && task.k.byte_stride == 1 && task.v.byte_stride == 1;
+  const Table table(task.centroids);
+  float* keys = task.scratch;  // or, for few rows, their q in the order of expansion
   float* values = keys + kTile * D;
   float* scores = values + kTile * width;
   float* k_norm = scores + kTile * kMaxRows;
@@ -350,6 +420,9 @@ void attend(const AttendTask& task) {
 
   for (int64_t r = 0; r < rows; ++r) task.max[r] = kNegInf, task.sum[r] = 0;
   for (int64_t i = 0; i < rows * width; ++i) task.out[i] = 0;
+  if (few)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < D; ++d) keys[r * D + expanded_position(d)] = task.q[r * D + d];
 
   for (int64_t first = task.first; first < task.last; first += kTile) {
     const int64_t n = task.last - first < kTile ? task.last - first : kTile;
@@ -358,8 +431,12 @@ void attend(const AttendTask& task) {
       k_norm[j] = j < n ? load_one(task.k.norms, first + j) : 0;
       v_norm[j] = j < n ? load_one(task.v.norms, first + j) : 0;
     }
-    expand_keys(task.k, first, n, D, task.centroids, keys);
-    gemm(rows, padded / kPanel, D, task.q, D, keys, D * kPanel, scores, kTile, false);
+    if (few) {
+      score_up_to(rows, task.k, first, n, D, table, keys, scores);
+    } else {
+      expand_keys(task.k, first, n, D, table, keys);
+      gemm(rows, padded / kPanel, D, task.q, D, keys, D * kPanel, scores, kTile, false);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const bool biased = visibility(task, r, first, n, padded, bias);
       const float correction =
@@ -368,8 +445,12 @@ void attend(const AttendTask& task) {
       if (correction != 1)
         for (int64_t i = 0; i < width; ++i) task.out[r * width + i] *= correction;
     }
-    expand_values(task.v, first, n, D, task.centroids, values);
-    gemm(rows, width / kPanel, n, scores, kTile, values, kTile * kPanel, task.out, width, true);
+    if (few) {
+      accumulate_up_to(rows, task.v, first, n, D, table, scores, task.out);
+    } else {
+      expand_values(task.v, first, n, D, table, values);
+      gemm(rows, width / kPanel, n, scores, kTile, values, kTile * kPanel, task.out, width, true);
+    }
   }
 }
 
@@ -446,8 +527,9 @@ void decompress(const DecompressTask& task) {
   const int64_t width = expanded_dim(D), out_width = round_up(D, kPanel);
   float* expanded = task.scratch;
   float* x = expanded + kRowBlock * width;
+  const Table table(task.centroids);
   for (int64_t r = 0; r < rows; ++r)
-    expand_row(task.packed[r], task.byte_stride, D, task.centroids, expanded + r * width, kPanel);
+    expand_row(task.packed[r], task.byte_stride, D, table, expanded + r * width, kPanel);
   gemm(rows, out_width / kPanel, width, expanded, width, task.rotation_panels, width * kPanel, x,
        out_width, false);
   for (int64_t r = 0; r < rows; ++r) {

@@ -9,6 +9,7 @@ namespace {
 
 struct Vec {
   static constexpr int width = 4;
+  static constexpr int few_rows = 4;
   float32x4_t v;
 
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
@@ -39,6 +40,9 @@ struct Vec {
   }
   static float reduce_max(Vec a) { return vmaxvq_f32(a.v); }
   static float reduce_add(Vec a) { return vaddvq_f32(a.v); }
+  static void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* sums) {
+    vst1q_f32(sums, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
+  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store_bf16(uint16_t* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
@@ -60,18 +64,46 @@ struct Bytes {
   void store(uint8_t* p) const { vst1q_u8(p, v); }
 };
 
-// A table lookup of 16 bytes gives one byte of each of 16 floats. Four of them, interleaved by the
-// store, are the floats.
-inline void expand16(const uint8_t* bytes, const float* centroids, float* hi, float* lo) {
-  const uint8x16x4_t table = vld4q_u8(reinterpret_cast<const uint8_t*>(centroids));
-  const uint8x16_t byte = vld1q_u8(bytes);
-  const auto look_up = [&](uint8x16_t index, float* out) {
+// A table lookup gives one byte of each of 16 floats; from four tables, interleaved by the store,
+// come the floats.
+struct Table {
+  uint8x16x4_t plane;
+
+  explicit Table(const float* centroids)
+      : plane(vld4q_u8(reinterpret_cast<const uint8_t*>(centroids))) {}
+  void look_up(uint8x16_t index, float* out) const {
     uint8x16x4_t value;
-    for (int i = 0; i < 4; ++i) value.val[i] = vqtbl1q_u8(table.val[i], index);
+    for (int i = 0; i < 4; ++i) value.val[i] = vqtbl1q_u8(plane.val[i], index);
     vst4q_u8(reinterpret_cast<uint8_t*>(out), value);
+  }
+};
+
+inline void expand16(const uint8_t* bytes, const Table& table, float* hi, float* lo) {
+  const uint8x16_t byte = vld1q_u8(bytes);
+  table.look_up(vshrq_n_u8(byte, 4), hi);
+  table.look_up(vandq_u8(byte, vdupq_n_u8(15)), lo);
+}
+
+// Of 4 bytes: byte i of the lookup's index vector is the nibble of float i / 4, so that one lookup
+// per byte of a float, merged under a mask, gives 4 floats.
+struct Pair {
+  Vec hi, lo;
+};
+inline Pair expand(const uint8_t* bytes, const Table& table) {
+  uint32_t word;
+  __builtin_memcpy(&word, bytes, 4);
+  static constexpr uint8_t kSpread[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+  const uint8x16_t byte = vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(word)), vld1q_u8(kSpread));
+  const auto look_up = [&](uint8x16_t index) -> Vec {
+    uint32x4_t sum = vdupq_n_u32(0);
+    for (int i = 0; i < 4; ++i) {
+      const uint32x4_t mask = vdupq_n_u32(0xffu << 8 * i);
+      const uint32x4_t part = vreinterpretq_u32_u8(vqtbl1q_u8(table.plane.val[i], index));
+      sum = vorrq_u32(sum, vandq_u32(part, mask));
+    }
+    return {vreinterpretq_f32_u32(sum)};
   };
-  look_up(vshrq_n_u8(byte, 4), hi);
-  look_up(vandq_u8(byte, vdupq_n_u8(15)), lo);
+  return {look_up(vshrq_n_u8(byte, 4)), look_up(vandq_u8(byte, vdupq_n_u8(15)))};
 }
 
 }  // namespace

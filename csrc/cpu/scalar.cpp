@@ -14,6 +14,7 @@ inline float from_bits(uint32_t bits);
 
 struct Vec {
   static constexpr int width = 4;
+  static constexpr int few_rows = 4;
   float lane[width];
 
   template <class F>
@@ -70,6 +71,10 @@ struct Vec {
     return m;
   }
   static float reduce_add(Vec v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
+  static void reduce_add4(Vec a, Vec b, Vec c, Vec d, float* sums) {
+    sums[0] = reduce_add(a), sums[1] = reduce_add(b);
+    sums[2] = reduce_add(c), sums[3] = reduce_add(d);
+  }
   void store(float* p) const {
     for (int i = 0; i < width; ++i) p[i] = lane[i];
   }
@@ -107,10 +112,23 @@ struct Bytes {
   }
 };
 
-inline void expand16(const uint8_t* bytes, const float* centroids, float* hi, float* lo) {
+struct Table {
+  const float* centroids;
+
+  explicit Table(const float* from) : centroids(from) {}
+};
+
+struct Pair {
+  Vec hi, lo;
+};
+inline Pair expand(const uint8_t* bytes, const Table& table) {
+  return {Vec::make([&](int i) { return table.centroids[even_index(bytes[i])]; }),
+          Vec::make([&](int i) { return table.centroids[odd_index(bytes[i])]; })};
+}
+inline void expand16(const uint8_t* bytes, const Table& table, float* hi, float* lo) {
   for (int i = 0; i < 16; ++i) {
-    hi[i] = centroids[even_index(bytes[i])];
-    lo[i] = centroids[odd_index(bytes[i])];
+    hi[i] = table.centroids[even_index(bytes[i])];
+    lo[i] = table.centroids[odd_index(bytes[i])];
   }
 }
 
