@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--isa", help="instruction set to use instead of the best one")
     parser.add_argument("--name", default="2core", help="of the results file (default 2core)")
+    parser.add_argument("--commit", help="of the code, where git is not there to tell")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -172,7 +173,8 @@ def main() -> None:
                     if row.get(key) is not None]  # fmt: skip
         length = f"L={row['L']}" if "L" in row else ""
         print(f"{row['what']:<42} {length:<8} " + "  ".join(numbers))
-    print("written:", rows.write(f"cpu-{args.name}", rows.cpu_name(), results))
+    path = rows.write(f"cpu-{args.name}", rows.cpu_name(), results, args.commit)
+    print("written:", path)
 
 
 if __name__ == "__main__":

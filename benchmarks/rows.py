@@ -41,10 +41,13 @@ def cpu_name() -> str:
     return f"{name}, {torch.ops.turboquant._cpu_isa()}"
 
 
-def write(name: str, device: str, rows: Iterable[dict[str, object]]) -> Path:
+def write(
+    name: str, device: str, rows: Iterable[dict[str, object]], code: str | None = None
+) -> Path:
     """Write ``results/<name>.csv``, replacing what an earlier run left there.
 
-    Each row is extended by the device, the versions, the commit and the command.
+    Each row is extended by the device, the versions, the commit (``code``, or what git says) and
+    the command.
     """
     command = ["python -m benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]
     context = {
@@ -52,7 +55,7 @@ def write(name: str, device: str, rows: Iterable[dict[str, object]]) -> Path:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "turboquant": turboquant.__version__,
-        "commit": commit(),
+        "commit": code or commit(),
         "command": " ".join(command),
     }
     full = [{**row, **context} for row in rows]

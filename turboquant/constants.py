@@ -43,7 +43,7 @@ def _rotation(dim: int, seed: int) -> Tensor:
     gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float32)
     q, r = torch.linalg.qr(gaussian)
     # QR is unique up to the signs of R's diagonal; fixing them makes Q Haar distributed.
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).contiguous()
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).float()).contiguous()
 
 
 @functools.cache

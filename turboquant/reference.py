@@ -47,7 +47,8 @@ def compress(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`turboquant.compress`."""
     checks.compress("compress", x, rotation, boundaries, centroids, norm, offset)
-    return _compress(x, rotation, boundaries, centroids, norm, offset)
+    packed, length = _compress(x, rotation, boundaries, centroids, norm, offset)
+    return packed, length.bfloat16()
 
 
 def _compress(
@@ -78,7 +79,7 @@ def _compress(
         else:  # "unbiased": ⟨x, x̂⟩ = |x|², so inner products do not shrink
             shrink = (y * y_hat).sum(-1, keepdim=True)
             length = torch.where(shrink > 0, length / shrink, length)
-    return pack(index), length.bfloat16()
+    return pack(index).contiguous(), length.contiguous()
 
 
 def decompress(
@@ -96,7 +97,7 @@ def decompress(
     # 0 · c is exactly 0 and NaN · c is NaN: zero and non-finite vectors need no special case.
     if offset is not None:
         x = x + offset.float()
-    return x.to(dtype)
+    return x.to(dtype).contiguous()
 
 
 def update_(

@@ -384,17 +384,16 @@ inline float softmax_row(float* scores, int64_t padded, const float* k_norm, con
   }
   const float largest = Vec::reduce_max(tile_max);
   const float new_max = largest > *max ? largest : *max;
-  if (new_max == kNegInf) {  // nothing seen so far
-    for (int64_t j = 0; j < padded; ++j) scores[j] = 0;
-    return 1;
-  }
+  // Where nothing was seen yet, subtracting 0 leaves -inf what it is, and a NaN too: it must reach
+  // the sum, though a maximum may lose it.
+  const float shift = new_max == kNegInf ? 0 : new_max;
   Vec tile_sum = Vec::set1(0);
   for (int64_t j = 0; j < padded; j += Vec::width) {
-    const Vec p = exp_nonpositive(Vec::sub(Vec::load(scores + j), Vec::set1(new_max)));
+    const Vec p = exp_nonpositive(Vec::sub(Vec::load(scores + j), Vec::set1(shift)));
     tile_sum = Vec::add(tile_sum, p);
     Vec::where_zero(p, p, Vec::mul(p, Vec::load(v_norm + j))).store(scores + j);
   }
-  const Vec old = exp_nonpositive(Vec::set1(*max - new_max));
+  const Vec old = exp_nonpositive(Vec::set1(*max - shift));
   float correction[Vec::width];
   old.store(correction);
   *sum = *sum * correction[0] + Vec::reduce_add(tile_sum);

@@ -1,0 +1,96 @@
+"""A transformers ``Cache`` whose full-attention layers store 4 bits a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+from turboquant.hf.layers import Codec, DynamicPackedLayer, PackedLayer, StaticPackedLayer
+from turboquant.hf.support import config_of, plan
+
+
+class TurboQuantCache(Cache):
+    """KV cache that stores the keys and values of full-attention layers in 4 bits.
+
+    Pass it as ``past_key_values`` to a model whose attention implementation is ``"turboquant"``,
+    or let :func:`turboquant.hf.enable` make one for every ``generate()``.
+
+    Args:
+        config_or_model: of the model that it is for.
+        max_cache_len: capacity in tokens. None grows with the context (up to a quarter of the
+            buffers is slack); a number allocates once and suits compiled decoding.
+        skip_layers: indices of layers to leave dense.
+        k_norm, v_norm: norm policies of keys and values; see :func:`turboquant.compress`.
+        seed: of the rotation.
+
+    Attributes:
+        capacity: max_cache_len.
+        nbytes: bytes held for keys and values now, slack included.
+
+    Raises:
+        UnsupportedError: the model is not supported, or there is nothing to compress.
+        ValueError: an argument is out of range.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(num_hidden_layers=2, hidden_size=128, intermediate_size=64,
+    ...                      num_attention_heads=2, vocab_size=32)
+    >>> model = LlamaForCausalLM._from_config(config, attn_implementation="turboquant")
+    >>> cache = TurboQuantCache(model)
+    >>> tokens = model.generate(torch.arange(5)[None], past_key_values=cache, max_new_tokens=4)
+    >>> cache.get_seq_length(), cache.nbytes < 128 * 2 * 2 * 2 * 64 * 4
+    (8, True)
+    """
+
+    def __init__(
+        self,
+        config_or_model: PreTrainedModel | PretrainedConfig,
+        max_cache_len: int | None = None,
+        *,
+        skip_layers: Iterable[int] = (),
+        k_norm: str = "l2",
+        v_norm: str = "l2",
+        seed: int = 42,
+    ) -> None:
+        for name, policy in {"k_norm": k_norm, "v_norm": v_norm}.items():
+            if policy not in ("l2", "preserve", "unbiased"):
+                raise ValueError(
+                    f"TurboQuantCache: {name} must be 'l2', 'preserve' or 'unbiased', "
+                    f"got {policy!r}"
+                )
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(
+                f"TurboQuantCache: max_cache_len must be at least 1, got {max_cache_len}"
+            )
+        config = config_of(config_or_model)
+        report = plan(config_or_model, skip_layers)
+        codecs = {d: Codec(d, seed) for d in {layer.head_dim for layer in report.layers}}
+        # transformers knows which layers a model needs; the plan, which of them are replaced.
+        if max_cache_len is None:
+            layers: list[Any] = DynamicCache(config=config).layers
+        else:
+            layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        for planned in report.layers:
+            if not planned.compressed:
+                continue
+            assert type(layers[planned.index]) in (DynamicLayer, StaticLayer)
+            codec = codecs[planned.head_dim]
+            layers[planned.index] = (
+                DynamicPackedLayer(codec, k_norm, v_norm)
+                if max_cache_len is None
+                else StaticPackedLayer(codec, k_norm, v_norm, max_cache_len)
+            )
+        super().__init__(layers=layers)
+        self.capacity = max_cache_len
+
+    @property
+    def nbytes(self) -> int:
+        def held(layer: Any) -> int:
+            if isinstance(layer, PackedLayer):
+                return layer.nbytes
+            return layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
+
+        return sum(held(layer) for layer in self.layers)

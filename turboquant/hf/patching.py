@@ -1,0 +1,205 @@
+"""Turning a model's ``generate()`` over to the 4-bit cache, and back.
+
+Only the instance is changed: the attention implementation that its config names, and two of its
+methods. Its class, its parameters and every other model stay as they are. (Another model that was
+built from the same config object takes its attention from there too; on its dense cache ours
+computes the same.)
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from turboquant.hf.attention import NAME
+from turboquant.hf.cache import TurboQuantCache
+from turboquant.hf.layers import overflow
+from turboquant.hf.support import Report, UnsupportedError, plan
+
+# The instance attribute that marks an enabled model.
+_MARK = "_turboquant"
+
+SUPPORTED_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """How to make a cache for the model, and what to put back in the end."""
+
+    cache_options: dict[str, Any]
+    attention: str
+    methods: dict[str, Any]
+
+
+def enable(
+    model: PreTrainedModel,
+    *,
+    max_cache_len: int | None = None,
+    skip_layers: Iterable[int] = (),
+    k_norm: str = "l2",
+    v_norm: str = "l2",
+    seed: int = 42,
+) -> Report:
+    """Make every ``model.generate()`` use a fresh :class:`TurboQuantCache`.
+
+    A call that names a cache of its own (``past_key_values``, ``cache_implementation`` or
+    ``use_cache=False``) keeps it; a dense one is computed as by SDPA. So does a bare
+    ``model(...)``: pass ``past_key_values=TurboQuantCache(model)`` to it.
+
+    On a model that is enabled already, the new options take the place of the old.
+
+    Args:
+        model: with a ``generate()``; changed in place until :func:`disable`.
+        max_cache_len, skip_layers, k_norm, v_norm, seed: see :class:`TurboQuantCache`.
+
+    Returns:
+        what is compressed and what not; print it.
+
+    Raises:
+        UnsupportedError: the model cannot be served; it is left as it was.
+        ValueError: an option is out of range; the model is left as it was.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(num_hidden_layers=2, hidden_size=128, intermediate_size=64,
+    ...                      num_attention_heads=2, vocab_size=32)
+    >>> model = LlamaForCausalLM(config)
+    >>> print(enable(model))
+    llama: 2 of 2 layers in 4 bits, 272 instead of 2048 bytes a token (7.53x)
+      layers 0-1: full attention, 4-bit; 2 KV heads of 64, 136 bytes a token
+    >>> disable(model)
+    """
+    options: dict[str, Any] = {
+        "max_cache_len": max_cache_len,
+        "skip_layers": tuple(skip_layers),
+        "k_norm": k_norm,
+        "v_norm": v_norm,
+        "seed": seed,
+    }
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no generate(); call "
+            f"model.set_attn_implementation({NAME!r}) and pass it a TurboQuantCache yourself"
+        )
+    report = plan(model, options["skip_layers"])
+    TurboQuantCache(model, **options)  # refuses what is wrong with the options
+
+    earlier: _Patch | None = vars(model).get(_MARK)
+    if earlier is not None:
+        _set_attention(model)
+        setattr(model, _MARK, _Patch(options, earlier.attention, earlier.methods))
+        return report
+
+    attention = model.config._attn_implementation
+    _set_attention(model)
+    methods = {name: vars(model)[name] for name in _OURS if name in vars(model)}
+    setattr(model, _MARK, _Patch(options, attention, methods))
+    for name, function in _OURS.items():
+        # Bound methods, because copy.deepcopy(model) binds them to the copy.
+        setattr(model, name, types.MethodType(function, model))
+    return report
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Undo :func:`enable`; does nothing on a model that is not enabled."""
+    patch: _Patch | None = vars(model).get(_MARK)
+    if patch is None:
+        return
+    for name in _OURS:
+        delattr(model, name)
+        if name in patch.methods:
+            setattr(model, name, patch.methods[name])
+    delattr(model, _MARK)
+    model.set_attn_implementation(patch.attention)
+
+
+@contextmanager
+def enabled(model: PreTrainedModel, **options: Any) -> Iterator[Report]:
+    """:func:`enable` for the length of a ``with`` block; then everything is as it was before.
+
+    May be nested, also inside :func:`enable`: the outer options return with the outer block.
+
+    Args:
+        model, options: see :func:`enable`.
+    """
+    earlier: _Patch | None = vars(model).get(_MARK)
+    report = enable(model, **options)
+    try:
+        yield report
+    finally:
+        if earlier is None:
+            disable(model)
+        else:
+            enable(model, **earlier.cache_options)
+
+
+def _set_attention(model: PreTrainedModel) -> None:
+    """transformers only warns when it cannot; a model left dense would be our silent failure."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(before)
+        raise UnsupportedError(
+            f"{type(model).__name__} does not take its attention function from transformers' "
+            "registry (a class defined in a notebook cannot)"
+        )
+
+
+def _prepare_cache_for_generation(
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Stands before the method of the same name on an enabled model."""
+    patch: _Patch = getattr(self, _MARK)
+    if self.config._attn_implementation != NAME:
+        raise UnsupportedError(
+            f"the attention implementation was changed to {self.config._attn_implementation!r} "
+            "after turboquant.hf.enable(model); enable the model again, or disable it"
+        )
+    cache = model_kwargs.get("past_key_values")
+    named = generation_config.cache_implementation is not None
+    if cache is None and not named and generation_config.use_cache is not False:
+        cache = model_kwargs["past_key_values"] = TurboQuantCache(self, **patch.cache_options)
+    else:
+        original = patch.methods.get(
+            "_prepare_cache_for_generation",
+            types.MethodType(type(self)._prepare_cache_for_generation, self),
+        )
+        original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    if isinstance(cache, TurboQuantCache):
+        if generation_mode not in SUPPORTED_MODES:
+            raise UnsupportedError(
+                f"{generation_mode.value} is not supported yet with a 4-bit cache; "
+                "use greedy search, sampling or beam search"
+            )
+        # Before the first token is computed: a full cache notices only when it is full.
+        if cache.capacity is not None and max_cache_length > cache.capacity:
+            raise UnsupportedError(overflow(max_cache_length, cache.capacity))
+
+
+def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedError(
+        "continuous batching has a paged cache of its own; call turboquant.hf.disable(model) first"
+    )
+
+
+# The methods that stand before the model's own while it is enabled.
+_OURS = {
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "init_continuous_batching": _init_continuous_batching,
+}
