@@ -39,6 +39,9 @@ std::string name(ScalarType dtype) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
     case ScalarType::Float8_e5m2: return "float8_e5m2";
     case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     default: return torch::headeronly::toString(dtype);

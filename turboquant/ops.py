@@ -71,9 +71,20 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-def _inference_only(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _inference_only(op: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call an op on inputs of which some require grad."""
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)  # a tracer follows no closure, and reports what lacks a gradient
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     return _InferenceOnly.apply(lambda: op(*args, **kwargs), *tensors)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 _compress = torch.ops.turboquant.compress.default
@@ -123,9 +134,10 @@ def compress(
     (torch.Size([2, 8, 5, 32]), torch.Size([2, 8, 5, 1]))
     """
     args = (x, rotation, boundaries)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _inference_only(_compress, *args, centroids=centroids, norm=norm, offset=offset)
-    return _compress(*args, centroids=centroids, norm=norm, offset=offset)
+    options = {"centroids": centroids, "norm": norm, "offset": offset}
+    if _requires_grad(*args, centroids, offset):
+        return _inference_only(_compress, args, options)
+    return _compress(*args, **options)
 
 
 @torch.library.register_fake("turboquant::compress")
@@ -183,9 +195,10 @@ def decompress(
     True
     """
     args = (packed, norms, centroids, rotation)
-    if norms.requires_grad and torch.is_grad_enabled():
-        return _inference_only(_decompress, *args, offset=offset, dtype=dtype)
-    return _decompress(*args, offset=offset, dtype=dtype)
+    options = {"offset": offset, "dtype": dtype}
+    if _requires_grad(*args, offset):
+        return _inference_only(_decompress, args, options)
+    return _decompress(*args, **options)
 
 
 @torch.library.register_fake("turboquant::decompress")
@@ -338,8 +351,8 @@ def tq4_sdpa(
     """
     args = (query, k_packed, k_norms, v_packed, v_norms, centroids, rotation, attn_mask,
             is_causal, scale, kv_len, mask_is_causal)  # fmt: skip
-    if query.requires_grad and torch.is_grad_enabled():
-        return _inference_only(_tq4_sdpa, *args)
+    if _requires_grad(query, k_norms, v_norms, centroids, rotation):
+        return _inference_only(_tq4_sdpa, args, {})
     return _tq4_sdpa(*args)
 
 
@@ -411,10 +424,10 @@ def tq4_attention(
     """
     args = (query, k_packed, k_norms, v_packed, v_norms, centroids, rotation, attn_mask,
             is_causal, scale, kv_len, mask_is_causal)  # fmt: skip
-    extra = {"kv_start": kv_start, "softcap": softcap, "sinks": sinks}
-    if query.requires_grad and torch.is_grad_enabled():
-        return _inference_only(_tq4_attention, *args, **extra)
-    return _tq4_attention(*args, **extra)
+    options = {"kv_start": kv_start, "softcap": softcap, "sinks": sinks}
+    if _requires_grad(query, k_norms, v_norms, centroids, rotation, sinks):
+        return _inference_only(_tq4_attention, args, options)
+    return _tq4_attention(*args, **options)
 
 
 @torch.library.register_fake("turboquant::tq4_attention")

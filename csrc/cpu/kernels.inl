@@ -151,15 +151,14 @@ inline Vec tanh(Vec x) {
 
 // ---------------------------------------------------------------------------------------- gemm
 
-// C[M][16·P] = or += A[M][K] · B, all of C in registers: a step of K costs M broadcasts of A,
+// C[M][16·P] = or += A[M][K] · B, all of the sum in registers: a step of K costs M broadcasts of A,
 // P·kVecs loads of B and M·P·kVecs multiply-adds.
 template <int M, int P>
 inline void gemm_block(int64_t K, const float* A, int64_t lda, const float* B, int64_t panel_stride,
                        float* C, int64_t ldc, bool accumulate) {
   Vec c[M][P * kVecs];
   for (int m = 0; m < M; ++m)
-    for (int i = 0; i < P * kVecs; ++i)
-      c[m][i] = accumulate ? Vec::load(C + m * ldc + i * Vec::width) : Vec::set1(0);
+    for (int i = 0; i < P * kVecs; ++i) c[m][i] = Vec::set1(0);
   for (int64_t k = 0; k < K; ++k) {
     Vec b[P * kVecs];
     for (int i = 0; i < P * kVecs; ++i)
@@ -170,7 +169,11 @@ inline void gemm_block(int64_t K, const float* A, int64_t lda, const float* B, i
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int i = 0; i < P * kVecs; ++i) c[m][i].store(C + m * ldc + i * Vec::width);
+    for (int i = 0; i < P * kVecs; ++i) {
+      float* out = C + m * ldc + i * Vec::width;
+      if (accumulate) c[m][i] = Vec::add(Vec::load(out), c[m][i]);
+      c[m][i].store(out);
+    }
 }
 
 // Rows and panels per block: enough independent sums to hide the latency of the multiply-add, few
@@ -200,13 +203,20 @@ inline void gemm_up_to(int64_t rows, const Args&... args) {
   if constexpr (M > 1) gemm_up_to<M - 1>(rows, args...);
 }
 
+// Sums of at most this many products are formed on their own and then added up: the rounding error
+// of a sum grows with its length.
+constexpr int64_t kSumLength = 32;
+
 void gemm(int64_t M, int64_t panels, int64_t K, const float* A, int64_t lda, const float* B,
           int64_t panel_stride, float* C, int64_t ldc, bool accumulate) {
   const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
   for (int64_t i = 0; i < blocks; ++i) {  // of equal size, or one less
     const int64_t row = M * i / blocks, rows = M * (i + 1) / blocks - row;
-    gemm_up_to(rows, panels, K, A + row * lda, lda, B, panel_stride, C + row * ldc, ldc,
-               accumulate);
+    for (int64_t k = 0; k < K; k += kSumLength) {
+      const int64_t length = K - k < kSumLength ? K - k : kSumLength;
+      gemm_up_to(rows, panels, length, A + row * lda + k, lda, B + k * kPanel, panel_stride,
+                 C + row * ldc, ldc, accumulate || k > 0);
+    }
   }
 }
 
@@ -325,10 +335,7 @@ inline void accumulate_few(const PackedHead& v, int64_t first, int64_t n, int64_
   for (int64_t c = 0; c < D / 2; c += Vec::width) {
     float* at = out + c / 16 * 32 + c % 16;
     Vec even[M], odd[M];
-    for (int m = 0; m < M; ++m) {
-      even[m] = Vec::load(at + m * D);
-      odd[m] = Vec::load(at + m * D + 16);
-    }
+    for (int m = 0; m < M; ++m) even[m] = odd[m] = Vec::set1(0);
     for (int64_t j = 0; j < n; ++j) {
       const Pair x = expand(v.data + (first + j) * v.stride + c, table);
       for (int m = 0; m < M; ++m) {
@@ -338,8 +345,8 @@ inline void accumulate_few(const PackedHead& v, int64_t first, int64_t n, int64_
       }
     }
     for (int m = 0; m < M; ++m) {
-      even[m].store(at + m * D);
-      odd[m].store(at + m * D + 16);
+      Vec::add(Vec::load(at + m * D), even[m]).store(at + m * D);
+      Vec::add(Vec::load(at + m * D + 16), odd[m]).store(at + m * D + 16);
     }
   }
 }

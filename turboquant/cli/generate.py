@@ -13,6 +13,7 @@ from turboquant.cli import models
 from turboquant.cli.errors import UserError
 
 HELP = "continue a prompt from a 4-bit cache, a dense one, or both"
+NEW_TOKENS = 128
 EXAMPLES = """\
 examples:
   turboquant generate --model Qwen/Qwen3-0.6B --prompt "The three laws are"
@@ -50,9 +51,8 @@ def add_parser(commands: Any) -> None:
     add(
         "--max-new-tokens",
         type=positive_integer,
-        default=128,
         metavar="N",
-        help="length of the continuation (default: %(default)s)",
+        help=f"length of the continuation (default: {NEW_TOKENS}, or what there is room for)",
     )
     add(
         "--max-cache-len",
@@ -144,18 +144,20 @@ def read_prompt(text: str | None, file: str | None) -> str:
     return text
 
 
-def room(prompt_tokens: int, wanted: int, limits: dict[str, int | None]) -> int:
-    """How many of the wanted tokens may follow the prompt.
+def room(prompt_tokens: int, wanted: int | None, limits: dict[str, int | None]) -> int:
+    """How many tokens shall follow the prompt.
 
     Args:
-        limits: name of each limit, and the tokens that prompt and continuation may have.
+        wanted: None for as many as fit, up to NEW_TOKENS.
+        limits: name of each limit, and how many tokens prompt and continuation may have; None
+            for no limit.
 
     Raises:
-        UserError: the prompt leaves no room at all.
+        UserError: there is no room for them.
     """
     known = {name: limit for name, limit in limits.items() if limit is not None}
     if not known:
-        return wanted
+        return wanted or NEW_TOKENS
     name, limit = min(known.items(), key=lambda item: item[1])
     left = limit - prompt_tokens
     if left < 1:
@@ -163,9 +165,12 @@ def room(prompt_tokens: int, wanted: int, limits: dict[str, int | None]) -> int:
             f"the prompt has {prompt_tokens:,} tokens and {name} is {limit:,}; shorten the prompt "
             "to leave room for the continuation"
         )
-    if left < wanted:
-        print(f"note: only {left:,} tokens will follow ({name} is {limit:,})", file=sys.stderr)
-    return min(left, wanted)
+    if wanted is not None and left < wanted:
+        raise UserError(
+            f"a prompt of {prompt_tokens:,} tokens leaves room for {left:,} more ({name} is "
+            f"{limit:,}); ask for no more, or shorten the prompt"
+        )
+    return wanted or min(left, NEW_TOKENS)
 
 
 # argparse puts the names of these functions into its messages: "invalid temperature value: 'x'".

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _REACHABLE_S = 5.0
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ def load_config(source: Source) -> PretrainedConfig:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    folder = Path(source.name)
+    if folder.is_dir() and not any(any(folder.glob(p)) for p in _TOKENIZER_FILES):
+        # Some versions of transformers would make one up, with next to no tokens.
+        raise UserError(f"{source.name} holds no tokenizer: save the model's beside it")
     try:
         return AutoTokenizer.from_pretrained(source.name, **_options(source))
     except Exception as error:

@@ -1,0 +1,91 @@
+"""Calls attention on a backend and judges the result: shared by the attention tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracles
+import torch
+from backends import Backend
+from oracles import Cache
+from torch import Tensor
+
+
+def on_device(backend: Backend, *args: Any) -> list[Any]:
+    """Arguments on the backend's device with their strides kept."""
+    moved = []
+    for a in args:
+        if isinstance(a, Cache):
+            a = a.to(backend.device) if backend.device.type != "cpu" else a
+        elif isinstance(a, Tensor) and a.device != backend.device:
+            # .to() keeps the order of strides, but neither gaps nor zero strides.
+            if a._is_view() and a.numel():
+                storage = torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())
+                storage = storage.to(backend.device)
+                a = torch.as_strided(storage, a.size(), a.stride(), a.storage_offset())
+            else:
+                a = a.to(backend.device)
+        moved.append(a)
+    return moved
+
+
+def call(backend: Backend, query: Tensor, cache: Cache, **options: Any) -> tuple[Tensor, Tensor]:
+    """tq4_attention; and tq4_sdpa, which must give the same bits where it can express the call."""
+    query, cache = on_device(backend, query, cache)
+    names = list(options)
+    options = dict(zip(names, on_device(backend, *options.values())))
+    out, lse = backend.ops.tq4_attention(query, *cache.args, **options)
+    if not {"kv_start", "softcap", "sinks"} & set(options):
+        assert oracles.same_bits(backend.ops.tq4_sdpa(query, *cache.args, **options), out)
+    assert out.dtype == query.dtype
+    assert out.shape == query.shape
+    assert out.device == lse.device == query.device
+    assert lse.dtype == torch.float32
+    assert lse.shape == query.shape[:3]
+    assert lse.is_contiguous()
+    assert out.stride() == torch.empty_like(query).stride()
+    return out, lse
+
+
+def compare(
+    backend: Backend, out: Tensor, lse: Tensor, want: Tensor, want_lse: Tensor, size: float
+) -> None:
+    """`size`: of the largest value. Rows that see nothing must be exactly zero."""
+    nothing = want_lse == -torch.inf
+    assert torch.equal(lse.cpu() == -torch.inf, nothing)
+    assert (out.cpu()[nothing] == 0).all()
+    seen = ~nothing
+    got_lse, want_lse = lse.cpu().double()[seen], want_lse[seen]
+    coarse = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 3 * 2.0**-8}[out.dtype]
+    slack = 0.0 if backend.exact else coarse
+    lse_bound = 2e-5 + 2e-6 * want_lse.abs() + 2 * slack
+    assert not ((got_lse - want_lse).abs() > lse_bound).any()
+    assert not got_lse.isnan().any()
+    oracles.assert_rounded(out, want, slack=1e-6, absolute=(2e-5 + slack) * size)
+
+
+def check(
+    backend: Backend,
+    query: Tensor,
+    cache: Cache,
+    *,
+    dense: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run and compare with float64. `dense`: keys and values, if they are known already."""
+    out, lse = call(backend, query, cache, **options)
+    k, v = dense or (cache.k(), cache.v())
+    visible = oracles.visible_keys(
+        query.shape[0], query.shape[2], k.shape[2],
+        attn_mask=options.get("attn_mask"),
+        causal=options.get("is_causal", False) or options.get("mask_is_causal", False),
+        kv_len=options.get("kv_len"), kv_start=options.get("kv_start"),
+    )  # fmt: skip
+    want, want_lse = oracles.attention(
+        query, k, v, visible, scale=options.get("scale"), softcap=options.get("softcap"),
+        sinks=options.get("sinks"),
+    )  # fmt: skip
+    used = visible.any(1)[:, None, :, None].expand_as(v)
+    size = float(v[used].abs().max()) if used.any() else 0.0
+    compare(backend, out, lse, want, want_lse, size)
+    return out, lse

@@ -1,0 +1,53 @@
+"""The implementations that the tests run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import turboquant
+from turboquant import ops, reference
+
+ISAS: list[str] = torch.ops.turboquant._cpu_isas().split()
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+ON_GPU = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(not ops.HAS_CUDA, reason="installed without CUDA kernels"),
+]
+
+
+def _gpu_kernel(op: str) -> bool:
+    """Whether an op has a compiled CUDA kernel; else it runs reference.py there."""
+    lines = torch._C._dispatch_dump(f"turboquant::{op}").splitlines()
+    return any(line.startswith("CUDA:") and ".py:" not in line for line in lines)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops: the functions to call, and where its tensors live."""
+
+    name: str
+    ops: Any
+    device: torch.device
+    # Attention in float32 arithmetic, rounded once at the end; else in matrix units.
+    exact: bool = True
+    # Attention whose bits depend on neither the buffer's length nor the batch. Not plain PyTorch.
+    bitwise: bool = True
+
+
+CPU_BACKENDS = [Backend(isa, turboquant, CPU) for isa in ISAS]
+REFERENCE = Backend("reference", reference, CPU, bitwise=False)
+# torch's own attention over decompressed chunks, where it applies (csrc/cpu/prefill.cpp).
+LIBRARY = Backend("library", turboquant, CPU, exact=False)
+CUDA = Backend("cuda", turboquant, GPU, exact=False, bitwise=_gpu_kernel("tq4_attention"))
+
+
+def parameters(*backends: Backend) -> list[Any]:
+    return [pytest.param(b, id=b.name, marks=ON_GPU if b.device == GPU else []) for b in backends]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
