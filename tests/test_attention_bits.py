@@ -16,8 +16,8 @@ import turboquant as tq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# decode, a few rows, prefill; and contexts of one split and of several.
-SHAPES = [(1, 40), (1, 2500), (5, 300), (40, 70), (3, 3000)]
+# decode, a few rows, prefill, a whole prompt; and contexts of one split and of several.
+SHAPES = [(1, 40), (1, 2500), (5, 300), (40, 70), (70, 70), (3, 3000)]
 
 
 def problem(Lq: int, Lkv: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Cache]:

@@ -1,7 +1,7 @@
-"""Many bf16 rows on the CPU through torch's attention: in chunks, merged, under all rules.
+"""Many bf16 rows on the CPU through torch's attention, under all rules.
 
 Processors with AMX take this road by themselves; here it is forced. Small head dims make it short:
-it is taken from 2·D rows a KV head on.
+it is taken from 2·D rows a KV head on, where one call of torch's gives the result.
 """
 
 from __future__ import annotations
@@ -84,18 +84,21 @@ def test_any_combination(library: Backend, problem: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("flag", [False, True])
-def test_more_rows_than_one_block(library: Backend, two_threads: None, flag: bool) -> None:
-    """2048 rows are one block; the next one has the first as its context."""
+def test_many_rows(library: Backend, two_threads: None, flag: bool) -> None:
+    """A prompt of thousands of tokens, with padding on its left."""
     q, cache = query(1, 1, 2200, 16), random_cache(1, 1, 2300, 16, sharpness=0.3)
-    check(library, q, cache, mask_is_causal=flag, kv_start=torch.tensor(90))
+    for start, length in [(90, 2200), (0, 2300), (7, 2000)]:
+        rule = {"kv_start": torch.tensor(start), "kv_len": torch.tensor(length)}
+        check(library, q, cache, mask_is_causal=flag, **rule)
 
 
-def test_unseen_slots_may_hold_anything(library: Backend) -> None:
+@pytest.mark.parametrize("flag", [False, True])
+def test_unseen_slots_may_hold_anything(library: Backend, flag: bool) -> None:
     q, clean = query(2, 2, 64, 16), random_cache(2, 1, 100, 16)
     key = torch.arange(100)
-    kv_len, kv_start = torch.tensor([80, 40]), torch.tensor([3, 11])
+    kv_len, kv_start = torch.tensor([60, 40]), torch.tensor([3, 11])
     unseen = (key >= kv_len.unsqueeze(-1)) | (key < kv_start.unsqueeze(-1))
-    options = {"kv_len": kv_len, "kv_start": kv_start, "mask_is_causal": True}
+    options = {"kv_len": kv_len, "kv_start": kv_start, "mask_is_causal": flag}
     want = check(library, q, clean, **options)
     got = call(library, q, clean.poisoned(unseen), **options)
     assert same_bits(got[0], want[0])

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turboquant import _C, reference
 from turboquant import _checks as checks
-from turboquant import reference
 
-_LIBRARIES = Path(__file__).parent / "lib"
+# Beside the compiled module, which in an editable install is not where this file is.
+_LIBRARIES = Path(_C.__file__).parent / "lib"
 CPU_LIBRARY = _LIBRARIES / "libturboquant.so"
 CUDA_LIBRARY = _LIBRARIES / "libturboquant_cuda.so"
 INSTALL_WITH_CUDA = (
