@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <initializer_list>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -117,12 +117,20 @@ OptionalArg optional_arg(const char* name, const OptionalTensor& t) {
   return Arg(name, *t);
 }
 
+// Not through a stream: a process can hold two C++ libraries (torch brings parts of one), and
+// printing a number then crashes in the locale of the wrong one.
+std::string text(const char* part) { return part; }
+std::string text(const std::string& part) { return part; }
+std::string text(int64_t part) { return std::to_string(part); }
+std::string text(double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", part);
+  return digits;
+}
+
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
-  std::ostringstream text;
-  text << op << ": ";
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(std::string(op) + ": " + (text(parts) + ...));
 }
 
 // -------------------------------------------------------------------------------------- checks

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from backends import CPU_BACKENDS, CUDA, DEVICES, ISAS, LIBRARY, REFERENCE, Backend, parameters
 from hypothesis import HealthCheck, settings
+
+# Programs that tests start shall import the installed package, not the checkout they start in.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 # The same examples on every machine and every day; a slow machine is no failure.
 settings.register_profile(

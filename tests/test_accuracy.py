@@ -83,6 +83,8 @@ def our_error(backend: Backend, shape: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", QUERY_DTYPES, **DTYPE_IDS)
 def test_rms_error(kernels: Backend, shape: str, dtype: torch.dtype) -> None:
+    if kernels.device.type == "cuda":
+        pytest.skip("attention has no CUDA kernel yet")
     assert our_error(kernels, shape, dtype) <= torch_error(shape, dtype, kernels.device)
 
 

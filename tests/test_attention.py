@@ -560,8 +560,11 @@ def test_constants_of_any_float_type_and_layout(backend: Backend, dtype: torch.d
     state = cache.args[:4]
     got = call(backend, query, Cache(*state, *given_constants))
     want = call(backend, query, Cache(*state, *plain))
-    assert same_bits(got[0], want[0])
-    assert same_bits(got[1], want[1])
+    if backend.bitwise:
+        assert same_bits(got[0], want[0])
+        assert same_bits(got[1], want[1])
+    else:
+        torch.testing.assert_close(got, want)
 
 
 # ---------------------------------------------------------------------------------------- extremes

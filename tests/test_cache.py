@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -56,6 +57,19 @@ def equal_state(a: TurboQuantKVCache, b: TurboQuantKVCache) -> bool:
 
 
 # ---------------------------------------------------------------------------------- construction
+
+
+def test_the_published_signature() -> None:
+    parameters = list(inspect.signature(TurboQuantKVCache).parameters.values())
+    empty = inspect.Parameter.empty
+    assert [(p.name, p.default) for p in parameters[:5]] == [
+        ("n_heads", empty), ("head_dim", empty), ("max_seq_len", empty), ("bits", 4), ("seed", 42)
+    ]  # fmt: skip
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[5:])
+    assert inspect.signature(TurboQuantKVCache).parameters["batch_size"].default == 1
+    assert list(inspect.signature(TurboQuantKVCache.update).parameters) == [
+        "self", "input_pos", "k_val", "v_val"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("B", [1, 3])

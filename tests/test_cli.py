@@ -49,6 +49,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU: the default device is then the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama with the demo's tokenizer: a token is a byte."""
@@ -243,7 +249,9 @@ def test_generate_is_quiet(tiny: Path) -> None:
 
 def test_compare(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", str(tiny), "--prompt", PROMPT, "--max-new-tokens", "40"]
-    assert main(["generate", *arguments, "--compare", "--dtype", "bfloat16"]) == 0
+    assert (
+        main(["generate", *arguments, "--compare", "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    )
     out = capsys.readouterr().out
     sections = re.findall(r"^(?:-- )?(dense cache|4-bit cache|cost|quality)\b", out, re.MULTILINE)
     assert sections == ["dense cache", "4-bit cache", "cost", "quality"]
@@ -272,7 +280,8 @@ def test_both_caches_read_the_dense_continuation(
         return compare_caches(dense, tq4, ids)
 
     monkeypatch.setattr(report, "compare_caches", watched)
-    arguments = ["generate", "--model", str(tiny), "--prompt", PROMPT, "--max-new-tokens", "9"]
+    arguments = ["generate", "--model", str(tiny), "--prompt", PROMPT, "--max-new-tokens", "9",
+                 "--device", "cpu"]  # fmt: skip
     assert main([*arguments, "--compare"]) == 0
     *caches, read = compared
     before = len(PROMPT) - 1
@@ -623,6 +632,7 @@ def test_weights_that_are_not_numbers(tmp_path: Path, capsys: pytest.CaptureFixt
         (["generate", "--model", "TINY", "--prompt-file", "/nowhere"], "cannot read /nowhere: No"),
         (["generate", "--model", "TINY", "--prompt-file", "/"], "cannot read /: Is a directory"),
         (["generate", "--model", "TINY", "--prompt-file", sys.executable], "is not UTF-8 text"),
+        (["generate", "--model", "./no\nwhere", "--prompt", "x"], "no folder ./no where"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--device", "nonsense"], "cannot use device 'nonsense' (.*); try --device cpu"),
         (["--device", "meta"], "cannot use device 'meta'"),

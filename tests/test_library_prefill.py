@@ -73,7 +73,7 @@ def problems(draw: st.DrawFn) -> tuple[Any, ...]:
         norm_dtype=draw(st.sampled_from([torch.bfloat16, torch.float32])),
         sharpness=0.5,
     ).map(lambda t: relayout(t, layout))
-    return q, cache, options  # fmt: skip
+    return q, cache, options
 
 
 @settings(max_examples=150)

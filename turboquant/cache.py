@@ -217,6 +217,7 @@ def replace_kv_cache(
         return cls_or_predicate(module)
 
     swaps: list[tuple[nn.Module, str, TurboQuantKVCache]] = []
+    made: dict[nn.Module, TurboQuantKVCache] = {}  # a cache that layers share stays shared
     for path, parent in model.named_modules():
         for name, child in parent.named_children():
             if not recognised(child):
@@ -233,9 +234,11 @@ def replace_kv_cache(
                     f"replace_kv_cache: {where}.k_cache must be [B, H, S, D], "
                     f"got {list(dense.shape)}"
                 )
-            B, H, S, D = dense.shape
-            cache = TurboQuantKVCache(H, D, S, batch_size=B, **cache_options)
-            swaps.append((parent, name, cache.to(dense.device)))
+            if child not in made:
+                B, H, S, D = dense.shape
+                cache = TurboQuantKVCache(H, D, S, batch_size=B, **cache_options)
+                made[child] = cache.to(dense.device)
+            swaps.append((parent, name, made[child]))
     for parent, name, cache in swaps:
         setattr(parent, name, cache)
     return len(swaps)

@@ -205,7 +205,7 @@ inline void gemm_up_to(int64_t rows, const Args&... args) {
 
 // Sums of at most this many products are formed on their own and then added up: the rounding error
 // of a sum grows with its length.
-constexpr int64_t kSumLength = 32;
+constexpr int64_t kSumLength = 16;
 
 void gemm(int64_t M, int64_t panels, int64_t K, const float* A, int64_t lda, const float* B,
           int64_t panel_stride, float* C, int64_t ldc, bool accumulate) {

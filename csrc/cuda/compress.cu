@@ -33,6 +33,16 @@ struct Position {
       : b(vector / S / H), h(vector / S % H), s(vector % S) {}
 };
 
+// Whether a later token goes to the same slot. Two blocks may not both write it: one could win the
+// bytes and the other the norm. By one warp.
+__device__ bool superseded(const CompressProblem& p, const Position& at, int64_t slot) {
+  if (!p.slot) return false;
+  bool found = false;
+  for (int64_t s = at.s + 1 + threadIdx.x % 32; s < p.S && !found; s += 32)
+    found = p.slot.at(at.b, s) == slot;
+  return __any_sync(~0u, found);
+}
+
 // Vector `vector` of x, less its offset, to x[D] in shared memory, as a unit vector, or as 0 if it
 // has no direction. Returns its length. By one warp.
 __device__ float load_direction(const CompressProblem& p, int64_t vector, float* x) {
@@ -98,6 +108,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const CompressProble
     const Position at(first + v, p.H, p.S);
     const int64_t slot = p.slot ? p.slot.at(at.b, at.s) : at.s;
     if (slot < 0 || slot >= p.capacity) continue;  // nothing outside is ever written
+    if (superseded(p, at, slot)) continue;
     auto* bytes = static_cast<uint8_t*>(p.packed.data) + offset_of(p.packed, at.b, at.h, slot);
     float length = 0, product = 0;  // |ŷ|², ⟨y, ŷ⟩
     for (int j = lane; j < D / 2; j += 32) {
