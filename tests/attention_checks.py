@@ -16,7 +16,7 @@ def on_device(backend: Backend, *args: Any) -> list[Any]:
     moved = []
     for a in args:
         if isinstance(a, Cache):
-            a = a.to(backend.device) if backend.device.type != "cpu" else a
+            a = Cache(*on_device(backend, *a.args))
         elif isinstance(a, Tensor) and a.device != backend.device:
             # .to() keeps the order of strides, but neither gaps nor zero strides.
             if a._is_view() and a.numel():

@@ -82,10 +82,10 @@ def our_error(backend: Backend, shape: str, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", QUERY_DTYPES, **DTYPE_IDS)
-def test_rms_error(kernels: Backend, shape: str, dtype: torch.dtype) -> None:
-    if kernels.device.type == "cuda":
+def test_rms_error(best: Backend, shape: str, dtype: torch.dtype) -> None:
+    if best.device.type == "cuda":
         pytest.skip("attention has no CUDA kernel yet")
-    assert our_error(kernels, shape, dtype) <= torch_error(shape, dtype, kernels.device)
+    assert our_error(best, shape, dtype) <= torch_error(shape, dtype, best.device)
 
 
 @pytest.mark.parametrize("shape", ["prefill", "prefill, D 64", "chunked prefill"])
