@@ -328,6 +328,7 @@ def test_zero_vectors_come_back_as_exact_zeros(backend: Backend) -> None:
             x, rotation, boundaries, centroids=centroids, norm=norm
         )
         assert norms.flatten()[[2, 4]].tolist() == [0, 0]
+        assert (packed[[2, 4]] == 0x77).all()  # seven boundaries are below a coordinate of 0
         back = backend.ops.decompress(packed, norms, centroids, rotation, dtype=torch.float32)
         assert (back[[2, 4]] == 0).all()
         assert (back[[0, 1, 3, 5]] != 0).any(1).all()
@@ -389,6 +390,7 @@ def test_a_bad_vector_is_known_by_its_norm_and_leaves_others_alone(
     assert same_bits(norms[good], want_norms[good])
     bad = norms[~good].float().cpu()
     assert bad.isnan().all() if math.isnan(value) else (bad == math.inf).all()
+    assert (packed[~good] == 0x77).all()  # without a direction the bytes are those of zeros
     back = backend.ops.decompress(packed, norms, centroids, rotation, dtype=torch.float32)
     assert back[good].isfinite().all()
     assert not back[~good].isfinite().any()
