@@ -207,9 +207,32 @@ def test_exported_program_accumulates_state(B: int) -> None:
     check_accumulates(program.module(), B)
 
 
+def saved_and_loaded(program: ExportedProgram) -> nn.Module:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
+
+
 def test_export_without_no_grad() -> None:
-    """Torch's default is grad mode; a model with parameters must export there too."""
+    """Torch's default is grad mode; a model with parameters must export and be saved there too."""
     check_accumulates(exported(layer()).module())
+    check_accumulates(exported(layer()).run_decompositions().module())
+    check_accumulates(saved_and_loaded(exported(layer())))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_backward_pass_of_a_compiled_model_warns(best: Backend, backend: str) -> None:
+    """No graph may silently lose the gradient of what attention read."""
+    module = layer().to(best.device)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    x, pos = randn(1, 3, WIDTH).to(best.device), torch.arange(3, device=best.device)
+
+    def train_step() -> None:  # with a residual, which has a gradient
+        (compiled(x, pos) + module.q(x)).sum().backward()
+
+    with pytest.warns(UserWarning, match="turboquant::tq4_attention.*not registered"):
+        train_step()
 
 
 def test_export_is_strict_or_not() -> None:
@@ -227,10 +250,7 @@ def test_after_save_and_load() -> None:
     """The constants travel by value."""
     with torch.no_grad():
         program = exported(layer())
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
+    loaded = saved_and_loaded(program)
     for name in ("rotation", "centroids", "boundaries"):
         [value] = [t for n, t in loaded.named_buffers() if n.endswith(name)]
         assert same_bits(value, getattr(layer().cache, name))
@@ -240,10 +260,7 @@ def test_after_save_and_load() -> None:
 def test_after_decompositions_saving_and_loading() -> None:
     with torch.no_grad():
         program = exported(layer()).run_decompositions()
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    check_accumulates(torch.export.load(file).module())
+    check_accumulates(saved_and_loaded(program))
 
 
 def test_exported_program_is_one_with_any_length() -> None:

@@ -75,7 +75,8 @@ class _InferenceOnly(torch.autograd.Function):
 def _inference_only(op: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Call an op on inputs of which some require grad."""
     if torch.compiler.is_compiling():
-        return op(*args, **kwargs)  # a tracer follows no closure, and reports what lacks a gradient
+        # A tracer follows no closure. Of a backward pass through such a graph torch itself warns.
+        return op(*args, **kwargs)
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     return _InferenceOnly.apply(lambda: op(*args, **kwargs), *tensors)
 
@@ -261,11 +262,15 @@ def update_(
     >>> int((norms[0] != 0).sum())
     6
     """
-    with torch.no_grad():  # nothing is returned that a gradient could flow from
-        _update_(
-            k, v, input_pos, rotation, boundaries, k_packed, k_norms, v_packed, v_norms,
-            centroids=centroids, k_norm=k_norm, v_norm=v_norm, k_offset=k_offset,
-        )  # fmt: skip
+    if _requires_grad(k, v, rotation, boundaries, centroids, k_offset):
+        # Nothing is returned that a gradient could flow from.
+        k, v, rotation, boundaries = (t.detach() for t in (k, v, rotation, boundaries))
+        centroids = None if centroids is None else centroids.detach()
+        k_offset = None if k_offset is None else k_offset.detach()
+    _update_(
+        k, v, input_pos, rotation, boundaries, k_packed, k_norms, v_packed, v_norms,
+        centroids=centroids, k_norm=k_norm, v_norm=v_norm, k_offset=k_offset,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("turboquant::update_")

@@ -124,9 +124,10 @@ class Attention {
     const int64_t padded = round_up(p.D, kPanel), total = p.B * p.Hkv * rows_per_head;
     const int64_t grain = std::max<int64_t>(kRowBlock, kGrain / (p.D * p.D));
     torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-      const Buffer scratch(kRowBlock * (p.D + padded));
+      const int64_t most = std::min<int64_t>(kRowBlock, end - begin);
+      const Buffer scratch(most * (p.D + padded));
       float* in = scratch.get();
-      float* rotated = scratch + kRowBlock * p.D;
+      float* rotated = scratch + most * p.D;
       for (int64_t first = begin; first < end; first += kRowBlock) {
         const int64_t rows = std::min<int64_t>(kRowBlock, end - first);
         for (int64_t r = 0; r < rows; ++r) {

@@ -27,9 +27,6 @@ struct Vec {
   static Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-  static Vec above(Vec a, Vec b) {
-    return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), _mm256_set1_ps(1))};
-  }
   static Vec where_zero(Vec c, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(c.v, _mm256_setzero_ps(), _CMP_EQ_OQ))};
   }
@@ -69,6 +66,31 @@ struct Vec {
   void store_f16(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+// Four steps of a binary search. A comparison yields -1 for true, so n counts downwards; a permute
+// takes its low 3 bits.
+struct Boundaries {
+  __m256 first, second_low, second_high, third, fourth;
+
+  explicit Boundaries(const float* b)
+      : first(_mm256_set1_ps(b[7])),
+        second_low(_mm256_set1_ps(b[3])),
+        second_high(_mm256_set1_ps(b[11])),
+        third(_mm256_setr_ps(b[1], 0, 0, 0, 0, b[13], b[9], b[5])),
+        fourth(_mm256_setr_ps(b[0], b[14], b[12], b[10], b[8], b[6], b[4], b[2])) {}
+  static __m256i twice_plus_above(__m256i n, Vec x, __m256 b) {
+    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x.v, b, _CMP_GT_OQ));
+    return _mm256_add_epi32(_mm256_add_epi32(n, n), above);
+  }
+  void below(Vec x, int32_t* index) const {
+    __m256i n = twice_plus_above(_mm256_setzero_si256(), x, first);
+    n = twice_plus_above(n, x, _mm256_blendv_ps(second_low, second_high, _mm256_castsi256_ps(n)));
+    n = twice_plus_above(n, x, _mm256_permutevar8x32_ps(third, n));
+    n = twice_plus_above(n, x, _mm256_permutevar8x32_ps(fourth, n));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index),
+                        _mm256_sub_epi32(_mm256_setzero_si256(), n));
   }
 };
 

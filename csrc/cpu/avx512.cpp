@@ -27,9 +27,6 @@ struct Vec {
   static Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static Vec above(Vec a, Vec b) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), _mm512_set1_ps(1))};
-  }
   static Vec where_zero(Vec c, Vec a, Vec b) {
     const __mmask16 zero = _mm512_cmp_ps_mask(c.v, _mm512_setzero_ps(), _CMP_EQ_OQ);
     return {_mm512_mask_blend_ps(zero, b.v, a.v)};
@@ -64,6 +61,29 @@ struct Vec {
   void store_f16(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+// Four steps of a binary search: n is how many are below so far, and the next to compare with is
+// boundary n + 7, then n + 3, n + 1 and n.
+struct Boundaries {
+  __m512 plus_7, plus_3, plus_1, plus_0;
+
+  explicit Boundaries(const float* b)
+      : plus_7(_mm512_set1_ps(b[7])),
+        plus_3(_mm512_maskz_loadu_ps(0x0fff, b + 3)),
+        plus_1(_mm512_maskz_loadu_ps(0x3fff, b + 1)),
+        plus_0(_mm512_maskz_loadu_ps(0x7fff, b)) {}
+  template <int step>
+  static __m512i add_above(__m512i n, Vec x, __m512 b) {
+    const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(n, b), _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(n, above, n, _mm512_set1_epi32(step));
+  }
+  void below(Vec x, int32_t* index) const {
+    __m512i n = add_above<8>(_mm512_setzero_si512(), x, plus_7);
+    n = add_above<4>(n, x, plus_3);
+    n = add_above<2>(n, x, plus_1);
+    _mm512_storeu_si512(index, add_above<1>(n, x, plus_0));
   }
 };
 

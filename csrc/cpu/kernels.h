@@ -15,7 +15,7 @@ namespace tq::cpu {
 inline constexpr int kPanel = 16;     // columns of a panel
 inline constexpr int kTile = 32;      // keys that attention expands at a time
 inline constexpr int kMaxRows = 48;   // query rows that share one expanded tile
-inline constexpr int kRowBlock = 32;  // vectors that compress and decompress take at a time
+inline constexpr int kRowBlock = 48;  // vectors that compress and decompress take at a time
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -77,7 +77,9 @@ struct CompressTask {
   float* scratch;  // compress_scratch(D) floats
 };
 
-constexpr int64_t compress_scratch(int64_t D) { return kRowBlock * (D + round_up(D, kPanel) + 1); }
+constexpr int64_t compress_scratch(int64_t D) {
+  return kRowBlock * (D + round_up(D, kPanel) + 1) + round_up(D, kPanel);
+}
 
 // Up to kRowBlock vectors to decompress.
 struct DecompressTask {

@@ -4,12 +4,13 @@
 // A Vec has `width` floats and these operations, element by element:
 //   load store set1 add sub mul div fma(a, b, c) = a·b + c
 //   max(a, b)             b where either is NaN
-//   above(a, b)           1 where a > b, else 0
 //   where_zero(c, a, b)   a where c == 0, else b (also where c is NaN)
 //   where_less(a, b, x, y)  x where a < b, else y (also where unordered)
 //   power_of_two(p, t)    p · 2^n, n the integer that the magic number left in t's low bits
 //   load_bf16 load_f16 store_bf16 store_f16
 //   reduce_max reduce_add
+// Boundaries holds the 15 boundaries, ascending, and
+//   below(x, index)       counts those below each element of x, to memory
 // Bytes is a register of `width` bytes, with load, store and the interleaving of the lower or upper
 // halves of each of its 16-byte parts. Table holds the 16 centroids, and
 //   expand16(bytes, table, hi, lo)  looks up the high and the low nibbles of 16 bytes, to memory
@@ -203,21 +204,26 @@ inline void gemm_up_to(int64_t rows, const Args&... args) {
   if constexpr (M > 1) gemm_up_to<M - 1>(rows, args...);
 }
 
-// Sums of at most this many products are formed on their own and then added up: the rounding error
-// of a sum grows with its length.
-constexpr int64_t kSumLength = 16;
-
-void gemm(int64_t M, int64_t panels, int64_t K, const float* A, int64_t lda, const float* B,
-          int64_t panel_stride, float* C, int64_t ldc, bool accumulate) {
+// The rounding error of a sum grows with its length. So sums of at most `sum_length` products are
+// formed on their own and then added up.
+inline void multiply(int64_t sum_length, int64_t M, int64_t panels, int64_t K, const float* A,
+                     int64_t lda, const float* B, int64_t panel_stride, float* C, int64_t ldc,
+                     bool accumulate) {
   const int64_t blocks = (M + kGemmRows - 1) / kGemmRows;
   for (int64_t i = 0; i < blocks; ++i) {  // of equal size, or one less
     const int64_t row = M * i / blocks, rows = M * (i + 1) / blocks - row;
-    for (int64_t k = 0; k < K; k += kSumLength) {
-      const int64_t length = K - k < kSumLength ? K - k : kSumLength;
+    for (int64_t k = 0; k < K; k += sum_length) {
+      const int64_t length = K - k < sum_length ? K - k : sum_length;
       gemm_up_to(rows, panels, length, A + row * lda + k, lda, B + k * kPanel, panel_stride,
                  C + row * ldc, ldc, accumulate || k > 0);
     }
   }
+}
+
+void gemm(int64_t M, int64_t panels, int64_t K, const float* A, int64_t lda, const float* B,
+          int64_t panel_stride, float* C, int64_t ldc, bool accumulate) {
+  constexpr int64_t kSumLength = 16;  // half of torch's error
+  multiply(kSumLength, M, panels, K, A, lda, B, panel_stride, C, ldc, accumulate);
 }
 
 // ------------------------------------------------------------------------------ packed vectors
@@ -465,19 +471,25 @@ void attend(const AttendTask& task) {
 // x to x / |x|, or to 0 if |x| is 0 or not finite. Returns |x|. The squares of 1e-30 or 1e30 do not
 // fit a float, but do fit a double.
 inline float normalise(float* x, int64_t D) {
-  double squares[4] = {};
+  constexpr int kSums = 8;
+  double squares[kSums] = {};
   int64_t i = 0;
-  for (; i + 4 <= D; i += 4)
-    for (int j = 0; j < 4; ++j) squares[j] += double{x[i + j]} * x[i + j];
-  for (; i < D; ++i) squares[0] += double{x[i]} * x[i];
-  const auto norm =
-      static_cast<float>(__builtin_sqrt(squares[0] + squares[1] + squares[2] + squares[3]));
+  for (; i + kSums <= D; i += kSums)
+    for (int j = 0; j < kSums; ++j) squares[j] += double{x[i + j]} * x[i + j];
+  for (int j = 0; i + j < D; ++j) squares[j] += double{x[i + j]} * x[i + j];
+  for (int n = kSums / 2; n > 0; n /= 2)
+    for (int j = 0; j < n; ++j) squares[j] += squares[j + n];
+  const auto norm = static_cast<float>(__builtin_sqrt(squares[0]));
   if (norm > 0 && norm < __builtin_huge_valf()) {
     for (i = 0; i < D; ++i) x[i] /= norm;
   } else {
     for (i = 0; i < D; ++i) x[i] = 0;
   }
   return norm;
+}
+
+inline void bucketize(const float* x, int64_t n, const Boundaries& boundaries, int32_t* index) {
+  for (int64_t i = 0; i < n; i += Vec::width) boundaries.below(Vec::load(x + i), index + i);
 }
 
 // Rotate a block of normalised vectors, count the boundaries below each coordinate, pack.
@@ -487,31 +499,24 @@ void compress(const CompressTask& task) {
   float* x = task.scratch;
   float* y = x + kRowBlock * D;
   float* norm = y + kRowBlock * width;
+  const Boundaries boundaries(task.boundaries);
+  auto* index = reinterpret_cast<int32_t*>(norm + kRowBlock);
   for (int64_t r = 0; r < rows; ++r) {
     load(x + r * D, task.x[r], D);
     if (task.offset)
       for (int64_t i = 0; i < D; ++i) x[r * D + i] -= load_one(task.offset[r], i);
     norm[r] = normalise(x + r * D, D);
   }
-  gemm(rows, width / kPanel, D, x, D, task.rotation_panels, D * kPanel, y, width, false);
+  multiply(D, rows, width / kPanel, D, x, D, task.rotation_panels, D * kPanel, y, width, false);
 
   for (int64_t r = 0; r < rows; ++r) {
     if (!task.packed[r]) continue;
-    float* index = x;  // the input is no longer needed
     const float* row = y + r * width;
-    for (int64_t i = 0; i < D; i += Vec::width) {  // rows of y are padded to whole vectors
-      const Vec value = Vec::load(row + i);
-      Vec count = Vec::set1(0);
-      for (int b = 0; b < kBoundaries; ++b)
-        count = Vec::add(count, Vec::above(value, Vec::set1(task.boundaries[b])));
-      alignas(64) float lanes[Vec::width];
-      count.store(lanes);
-      for (int64_t j = 0; j < Vec::width && i + j < D; ++j) index[i + j] = lanes[j];
-    }
+    bucketize(row, width, boundaries, index);
     if (task.policy != NormPolicy::l2) {
       double length = 0, product = 0;  // |ŷ|², ⟨y, ŷ⟩
       for (int64_t i = 0; i < D; ++i) {
-        const double rounded = task.centroids[static_cast<int>(index[i])];
+        const double rounded = task.centroids[index[i]];
         length += rounded * rounded;
         product += rounded * row[i];
       }
@@ -520,9 +525,12 @@ void compress(const CompressTask& task) {
       else if (product > 0)
         norm[r] /= static_cast<float>(product);
     }
-    for (int64_t j = 0; j < D / 2; ++j)
-      task.packed[r][j * task.byte_stride] =
-          pack(static_cast<int>(index[2 * j]), static_cast<int>(index[2 * j + 1]));
+    uint8_t* packed = task.packed[r];
+    if (task.byte_stride == 1)
+      for (int64_t j = 0; j < D / 2; ++j) packed[j] = pack(index[2 * j], index[2 * j + 1]);
+    else
+      for (int64_t j = 0; j < D / 2; ++j)
+        packed[j * task.byte_stride] = pack(index[2 * j], index[2 * j + 1]);
     store_one(task.norms[r], task.norm_dtype, norm[r]);
   }
 }

@@ -26,10 +26,6 @@ struct Vec {
   static Vec div(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-  static Vec above(Vec a, Vec b) {
-    const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1));
-    return {vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a.v, b.v), one))};
-  }
   static Vec where_zero(Vec c, Vec a, Vec b) { return {vbslq_f32(vceqzq_f32(c.v), a.v, b.v)}; }
   static Vec where_less(Vec a, Vec b, Vec x, Vec y) {
     return {vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v)};
@@ -52,6 +48,18 @@ struct Vec {
     vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16));
   }
   void store_f16(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+};
+
+struct Boundaries {
+  const float* boundary;
+
+  explicit Boundaries(const float* boundaries) : boundary(boundaries) {}
+  void below(Vec x, int32_t* index) const {
+    int32x4_t n = vdupq_n_s32(0);
+    for (int b = 0; b < kBoundaries; ++b)  // true is -1
+      n = vsubq_s32(n, vreinterpretq_s32_u32(vcgtq_f32(x.v, vdupq_n_f32(boundary[b]))));
+    vst1q_s32(index, n);
+  }
 };
 
 struct Bytes {

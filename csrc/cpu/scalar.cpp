@@ -53,9 +53,6 @@ struct Vec {
   static Vec max(Vec a, Vec b) {
     return make([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
-  static Vec above(Vec a, Vec b) {
-    return make([&](int i) { return a.lane[i] > b.lane[i] ? 1.0f : 0.0f; });
-  }
   static Vec where_zero(Vec c, Vec a, Vec b) {
     return make([&](int i) { return c.lane[i] == 0 ? a.lane[i] : b.lane[i]; });
   }
@@ -83,6 +80,18 @@ struct Vec {
   }
   void store_f16(uint16_t* p) const {
     for (int i = 0; i < width; ++i) p[i] = float_to_half(lane[i]);
+  }
+};
+
+struct Boundaries {
+  const float* boundary;
+
+  explicit Boundaries(const float* boundaries) : boundary(boundaries) {}
+  void below(Vec x, int32_t* index) const {
+    for (int i = 0; i < Vec::width; ++i) {
+      index[i] = 0;
+      for (int b = 0; b < kBoundaries; ++b) index[i] += x.lane[i] > boundary[b];
+    }
   }
 };
 
