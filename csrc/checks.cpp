@@ -235,6 +235,27 @@ Integers integers(const OptionalArg& arg) {
   return n;
 }
 
+// Uninitialised, on the device of `like`. torch::stable::new_empty and empty_like look their op up
+// by name and call it boxed: a microsecond each.
+Tensor empty(const Tensor& like, const Sizes& sizes, const int64_t* strides, ScalarType dtype) {
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i]))
+    strides[i] = stride;
+  return empty(like, sizes, strides.data(), dtype);
+}
+
 // The kernels read f32, f16 and bf16; a double is converted first.
 Tensor without_double(const Tensor& t, ScalarType dtype) {
   return dtype == ScalarType::Double ? torch::stable::to(t, ScalarType::Float) : t;
@@ -309,8 +330,8 @@ Checked<CompressProblem> check_compress(const Tensor& x_, const Tensor& rotation
   Checked<CompressProblem> checked;
   CompressProblem& p = checked.problem;
   const Tensor values = fold(without_double(x_, x.dtype));
-  const Tensor packed = torch::stable::new_empty(x_, with_last(sizes, D / 2), ScalarType::Byte);
-  const Tensor norms = torch::stable::new_empty(x_, with_last(sizes, 1), ScalarType::BFloat16);
+  const Tensor packed = empty(x_, with_last(sizes, D / 2), ScalarType::Byte);
+  const Tensor norms = empty(x_, with_last(sizes, 1), ScalarType::BFloat16);
   set_sizes(p, values, D);
   p.capacity = p.S;
   p.slot = {};
@@ -353,7 +374,7 @@ Checked<DecompressProblem> check_decompress(const Tensor& packed_, const Tensor&
   DecompressProblem& p = checked.problem;
   const Tensor bytes = fold(packed_), lengths = fold(norms_);
   const bool wide = out_dtype == ScalarType::Double;  // the caller converts
-  const Tensor x = torch::stable::new_empty(packed_, sizes, wide ? ScalarType::Float : out_dtype);
+  const Tensor x = empty(packed_, sizes, wide ? ScalarType::Float : out_dtype);
   set_sizes(p, bytes, D);
   p.packed = view(bytes);
   p.norms = view(lengths);
@@ -485,7 +506,9 @@ Checked<AttentionProblem> check_attention(
   AttentionProblem& p = checked.problem;
   p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lkv = Lkv, p.D = D;
   // In the query's memory layout where that is dense, in its order of strides otherwise.
-  const Tensor out = torch::stable::empty_like(query_);
+  const Tensor out = query_.is_contiguous()
+                         ? empty(query_, query.all_sizes(), query_.strides().data(), query.dtype)
+                         : torch::stable::empty_like(query_);
   checked.outputs.push_back(out);
   p.query = view(query);
   p.out = view(out);
@@ -504,7 +527,7 @@ Checked<AttentionProblem> check_attention(
   p.centroids = constant(centroids, checked.owned);
   p.lse = nullptr;
   if (with_lse) {
-    const Tensor lse = torch::stable::new_empty(query_, {B, Hq, Lq}, ScalarType::Float);
+    const Tensor lse = empty(query_, {B, Hq, Lq}, ScalarType::Float);
     p.lse = static_cast<float*>(lse.data_ptr());
     checked.outputs.push_back(lse);
   }
