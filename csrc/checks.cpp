@@ -239,9 +239,9 @@ Integers integers(const OptionalArg& arg) {
 // by name and call it boxed: a microsecond each.
 Tensor empty(const Tensor& like, const Sizes& sizes, const int64_t* strides, ScalarType dtype) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
