@@ -61,6 +61,17 @@ struct AttendTask {
 
 constexpr int64_t attend_scratch(int64_t D) { return kTile * (D + expanded_dim(D) + kMaxRows + 3); }
 
+// The scores of a task's rows with keys [first, first + n), still without the keys' norms. They
+// become unnormalised weights times the values' norms: 0 for keys that a row does not see, which
+// those past n up to `padded` count as.
+struct ScoreTile {
+  int64_t first, n, padded;  // padded: n rounded up to at least 16
+  float* scores;             // [rows][stride], in place
+  int64_t stride;
+  float* correction;  // [rows], out: what each row has summed so far is to be multiplied by it
+  float* scratch;     // 3 * padded floats
+};
+
 // Up to kRowBlock vectors to compress.
 struct CompressTask {
   int64_t rows, D;
@@ -107,6 +118,7 @@ struct Kernels {
   void (*gemm)(int64_t M, int64_t panels, int64_t K, const float* A, int64_t lda, const float* B,
                int64_t panel_stride, float* C, int64_t ldc, bool accumulate);
   void (*attend)(const AttendTask&);
+  void (*softmax)(const AttendTask&, const ScoreTile&);  // a step of attend
   void (*compress)(const CompressTask&);
   void (*decompress)(const DecompressTask&);
 };

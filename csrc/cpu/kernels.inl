@@ -414,6 +414,28 @@ inline float softmax_row(float* scores, int64_t padded, const float* k_norm, con
   return correction[0];
 }
 
+// Norms [first, first + n), then zeros.
+inline void load_norms(float* to, Strided norms, int64_t first, int64_t n, int64_t padded) {
+  const int64_t offset = first * norms.stride * element_size(norms.dtype);
+  norms.data = static_cast<const char*>(norms.data) + offset;
+  load(to, norms, n);
+  for (int64_t j = n; j < padded; ++j) to[j] = 0;
+}
+
+void softmax(const AttendTask& task, const ScoreTile& tile) {
+  float* k_norm = tile.scratch;
+  float* v_norm = k_norm + tile.padded;
+  float* bias = v_norm + tile.padded;
+  load_norms(k_norm, task.k.norms, tile.first, tile.n, tile.padded);
+  load_norms(v_norm, task.v.norms, tile.first, tile.n, tile.padded);
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const bool biased = visibility(task, r, tile.first, tile.n, tile.padded, bias);
+    tile.correction[r] =
+        softmax_row(tile.scores + r * tile.stride, tile.padded, k_norm, v_norm,
+                    biased ? bias : nullptr, task.softcap, task.max + r, task.sum + r);
+  }
+}
+
 // For each tile of kTile keys: scores = q · Kᵀ, softmax, out += weights · V. With more than a few
 // rows K (transposed) and V are expanded to memory first and shared by all rows. Per coordinate of
 // K or V: one lookup, and a multiply-add for each row. All but the packed bytes stays in the
@@ -426,9 +448,7 @@ void attend(const AttendTask& task) {
   float* keys = task.scratch;  // or, for few rows, their q in the order of expansion
   float* values = keys + kTile * D;
   float* scores = values + kTile * width;
-  float* k_norm = scores + kTile * kMaxRows;
-  float* v_norm = k_norm + kTile;
-  float* bias = v_norm + kTile;
+  float* norms = scores + kTile * kMaxRows;
 
   for (int64_t r = 0; r < rows; ++r) task.max[r] = kNegInf, task.sum[r] = 0;
   for (int64_t i = 0; i < rows * width; ++i) task.out[i] = 0;
@@ -439,24 +459,17 @@ void attend(const AttendTask& task) {
   for (int64_t first = task.first; first < task.last; first += kTile) {
     const int64_t n = task.last - first < kTile ? task.last - first : kTile;
     const int64_t padded = round_up(n, kPanel);
-    for (int64_t j = 0; j < padded; ++j) {
-      k_norm[j] = j < n ? load_one(task.k.norms, first + j) : 0;
-      v_norm[j] = j < n ? load_one(task.v.norms, first + j) : 0;
-    }
     if (few) {
       score_up_to(rows, task.k, first, n, D, table, keys, scores);
     } else {
       expand_keys(task.k, first, n, D, table, keys);
       gemm(rows, padded / kPanel, D, task.q, D, keys, D * kPanel, scores, kTile, false);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const bool biased = visibility(task, r, first, n, padded, bias);
-      const float correction =
-          softmax_row(scores + r * kTile, padded, k_norm, v_norm, biased ? bias : nullptr,
-                      task.softcap, task.max + r, task.sum + r);
-      if (correction != 1)
-        for (int64_t i = 0; i < width; ++i) task.out[r * width + i] *= correction;
-    }
+    float correction[kMaxRows];
+    softmax(task, {first, n, padded, scores, kTile, correction, norms});
+    for (int64_t r = 0; r < rows; ++r)
+      if (correction[r] != 1)
+        for (int64_t i = 0; i < width; ++i) task.out[r * width + i] *= correction[r];
     if (few) {
       accumulate_up_to(rows, task.v, first, n, D, table, scores, task.out);
     } else {
@@ -557,7 +570,7 @@ void decompress(const DecompressTask& task) {
 }
 
 constexpr Kernels table(const char* isa) {
-  return {isa, &load, &store, &gemm, &attend, &compress, &decompress};
+  return {isa, &load, &store, &gemm, &attend, &softmax, &compress, &decompress};
 }
 
 }  // namespace
