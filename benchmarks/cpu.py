@@ -160,6 +160,7 @@ def main() -> None:
     torch.manual_seed(0)
     if args.isa:
         torch.ops.turboquant._cpu_isa(args.isa)
+        torch.ops.turboquant._cpu_amx(False)
 
     stream, gemm = read_stream(args.repeats), gemm_rate(args.repeats)
     bf16, f32 = torch.bfloat16, torch.float32

@@ -30,7 +30,7 @@ def commit() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name and the instruction set in use, for example ``Xeon 8481C, avx512``."""
+    """The processor's name and what of it is in use, for example ``Xeon 8481C, avx512, amx``."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -38,7 +38,8 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    return f"{name}, {torch.ops.turboquant._cpu_isa()}"
+    amx = ", amx" if torch.ops.turboquant._cpu_amx() else ""
+    return f"{name}, {torch.ops.turboquant._cpu_isa()}{amx}"
 
 
 def write(

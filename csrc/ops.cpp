@@ -34,9 +34,10 @@ STABLE_TORCH_LIBRARY(turboquant, m) {
 
   // Private, for tests and `turboquant info`. `_cpu_isas`: the instruction sets that this host can
   // run, separated by blanks. `_cpu_isa`: the one in use, after switching to `use` if it is given.
-  // `_cpu_library_prefill`: whether many bf16 rows go to torch's attention (csrc/cpu/prefill.cpp),
-  // after setting it.
+  // `_cpu_amx`: whether attention of bf16 queries may go to the matrix units, after setting it:
+  // many rows through torch's attention (csrc/cpu/prefill.cpp), others where the processor has AMX
+  // (csrc/cpu/amx.cpp).
   m.def("_cpu_isas() -> str");
   m.def("_cpu_isa(str? use=None) -> str");
-  m.def("_cpu_library_prefill(bool? use=None) -> bool");
+  m.def("_cpu_amx(bool? use=None) -> bool");
 }

@@ -41,8 +41,9 @@ class Backend:
 
 CPU_BACKENDS = [Backend(isa, turboquant, CPU) for isa in ISAS]
 REFERENCE = Backend("reference", reference, CPU, bitwise=False)
-# torch's own attention over decompressed chunks, where it applies (csrc/cpu/prefill.cpp).
-LIBRARY = Backend("library", turboquant, CPU, exact=False)
+# bf16 on matrix units. Many rows go through torch's attention (csrc/cpu/prefill.cpp), on any
+# processor; others to kernels for AMX (csrc/cpu/amx.cpp), or to the instruction set in use.
+AMX = Backend("amx", turboquant, CPU, exact=False)
 CUDA = Backend("cuda", turboquant, GPU, exact=False, bitwise=_gpu_kernel("tq4_attention"))
 
 

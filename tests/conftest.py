@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import CPU_BACKENDS, CUDA, DEVICES, ISAS, LIBRARY, REFERENCE, Backend, parameters
+from backends import AMX, CPU_BACKENDS, CUDA, DEVICES, ISAS, REFERENCE, Backend, parameters
 from hypothesis import HealthCheck, settings
 
 # Programs that tests start shall import the installed package, not the checkout they start in.
@@ -29,13 +29,13 @@ settings.load_profile("turboquant")
 
 def _using(backend: Backend) -> Iterator[Backend]:
     isa = torch.ops.turboquant._cpu_isa()
-    library = torch.ops.turboquant._cpu_library_prefill()
-    torch.ops.turboquant._cpu_library_prefill(backend is LIBRARY)
+    amx = torch.ops.turboquant._cpu_amx()
+    torch.ops.turboquant._cpu_amx(backend is AMX)
     if backend.name in ISAS:
         assert torch.ops.turboquant._cpu_isa(backend.name) == backend.name
     yield backend
     torch.ops.turboquant._cpu_isa(isa)
-    torch.ops.turboquant._cpu_library_prefill(library)
+    torch.ops.turboquant._cpu_amx(amx)
 
 
 @pytest.fixture(params=parameters(*CPU_BACKENDS, REFERENCE, CUDA))
@@ -56,16 +56,16 @@ def best(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _using(request.param)
 
 
-@pytest.fixture(params=parameters(*CPU_BACKENDS, LIBRARY, REFERENCE, CUDA))
+@pytest.fixture(params=parameters(*CPU_BACKENDS, AMX, REFERENCE, CUDA))
 def attention_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """All of these, and on the CPU torch's attention for many query rows."""
+    """All of these, and the CPU's matrix units."""
     yield from _using(request.param)
 
 
 @pytest.fixture
-def library() -> Iterator[Backend]:
-    """torch's attention for many bf16 rows on the CPU, whatever the processor."""
-    yield from _using(LIBRARY)
+def amx() -> Iterator[Backend]:
+    """The CPU's matrix units; their share of torch's is forced on any processor."""
+    yield from _using(AMX)
 
 
 @pytest.fixture(params=DEVICES)

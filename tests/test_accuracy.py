@@ -88,8 +88,8 @@ def test_rms_error(best: Backend, shape: str, dtype: torch.dtype) -> None:
     assert our_error(best, shape, dtype) <= torch_error(shape, dtype, best.device)
 
 
-@pytest.mark.parametrize("shape", ["prefill", "prefill, D 64", "chunked prefill"])
-def test_rms_error_through_torch(library: Backend, shape: str) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_error_on_matrix_units(amx: Backend, shape: str) -> None:
     """Where torch's own kernel does the work its error is ours, to the last digits."""
-    theirs = torch_error(shape, torch.bfloat16, library.device)
-    assert our_error(library, shape, torch.bfloat16) <= 1.001 * theirs
+    theirs = torch_error(shape, torch.bfloat16, amx.device)
+    assert our_error(amx, shape, torch.bfloat16) <= 1.001 * theirs

@@ -30,6 +30,13 @@ import turboquant as tq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+@pytest.fixture
+def backend(attention_backend: Backend) -> Backend:
+    """Here the matrix units too."""
+    return attention_backend
+
+
 INTS = [torch.int32, torch.int64]
 
 

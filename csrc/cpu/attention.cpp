@@ -8,7 +8,7 @@
 
 #include "../softmax.h"
 #include "buffer.h"
-#include "kernels.h"
+#include "dispatch.h"
 #include "prefill.h"
 
 namespace tq::cpu {
@@ -59,6 +59,7 @@ class Attention {
         group(p.Hq / p.Hkv),
         rows_per_head(p.Lq * group),
         width(expanded_dim(p.D)),
+        tiles(tiles_for(p, rows_per_head)),
         query(p.B * p.Hkv * rows_per_head * p.D),
         unrotate(unrotate_panels(p.rotation, p.D)) {}
 
@@ -90,7 +91,7 @@ class Attention {
       return Partials{shared + offset[&block - blocks.data()], block.rows, width};
     };
     torch::stable::parallel_for(0, splits.size(), 1, [&](int64_t begin, int64_t end) {
-      const Buffer scratch(attend_scratch(p.D));
+      const Buffer scratch(attend_size());
       for (int64_t i = begin; i < end; ++i)
         attend(*splits[i].block, splits[i].index, partials(*splits[i].block), scratch.get());
     });
@@ -99,7 +100,7 @@ class Attention {
     const int64_t keys = std::max<int64_t>(1, blocks[0].key_end - blocks[0].key_begin);
     const int64_t grain = std::max<int64_t>(1, kGrain / (blocks[0].rows * p.D * keys));
     torch::stable::parallel_for(0, blocks.size(), grain, [&](int64_t begin, int64_t end) {
-      const int64_t used = std::max(attend_scratch(p.D), finish_scratch());
+      const int64_t used = std::max(attend_size(), finish_scratch());
       const Buffer scratch(used + Partials::size(1, kMaxRows, width));
       for (int64_t i = begin; i < end; ++i) {
         const Block& block = blocks[i];
@@ -116,6 +117,7 @@ class Attention {
  private:
   const AttentionProblem& p;
   const int64_t group, rows_per_head, width;
+  const Attend tiles;  // attend() on the matrix units, or null
   const Buffer query;  // [B, Hkv, rows_per_head, D], rotated, times the scale
   const Buffer unrotate;
 
@@ -202,9 +204,19 @@ class Attention {
     task.max = to.max(split);
     task.sum = to.sum(split);
     task.out = to.out(split);
-    kernels().attend(task);
+    (tiles ? tiles : kernels().attend)(task);
   }
 
+  // One row of float32 arithmetic is as fast, and so are short vectors: tiles pad them to 128.
+  static Attend tiles_for(const AttentionProblem& p, int64_t rows_per_head) {
+    const bool suited = p.query.dtype == Dtype::bf16 && p.D >= 64 && rows_per_head > 1 &&
+                        p.k_packed.stride[3] == 1 && p.v_packed.stride[3] == 1;
+    return suited ? amx() : nullptr;
+  }
+  int64_t attend_size() const {
+    const int64_t rows = std::min<int64_t>(kMaxRows, rows_per_head);
+    return tiles ? amx_scratch(rows, p.D) : attend_scratch(p.D);
+  }
   int64_t finish_scratch() const { return kMaxRows * (width + round_up(p.D, kPanel)); }
 
   // Merge a block's splits, divide, rotate back, store.

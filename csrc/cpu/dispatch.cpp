@@ -4,6 +4,11 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tq::cpu {
 namespace {
 
@@ -20,6 +25,28 @@ std::vector<const Kernels*> usable() {
 #endif
   if (neon_kernels()) sets.push_back(neon_kernels());
   return sets;
+}
+
+// The tile registers are so large that Linux keeps them for processes that ask.
+bool amx_usable() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return available().back() == avx512_kernels() && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  static const bool usable = amx_usable();
+  return usable;
+}
+
+std::atomic<bool>& amx_flag() {
+  static std::atomic<bool> flag = has_amx();
+  return flag;
 }
 
 std::atomic<const Kernels*>& chosen() {
@@ -44,5 +71,10 @@ void use(const std::string& isa) {
     }
   throw std::runtime_error("_cpu_isa: this processor does not run " + isa);
 }
+
+bool amx_enabled() { return amx_flag(); }
+void enable_amx(bool enabled) { amx_flag() = enabled; }
+
+Attend amx() { return amx_enabled() && has_amx() ? amx_attend() : nullptr; }
 
 }  // namespace tq::cpu

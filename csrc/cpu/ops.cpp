@@ -9,7 +9,6 @@
 #include "attention.h"
 #include "codec.h"
 #include "dispatch.h"
-#include "prefill.h"
 
 namespace tq::cpu {
 namespace {
@@ -83,9 +82,9 @@ std::string cpu_isa(const std::optional<std::string>& isa) {
   return kernels().isa;
 }
 
-bool cpu_library_prefill(std::optional<bool> use) {
-  if (use) enable_prefill(*use);
-  return prefill_enabled();
+bool cpu_amx(std::optional<bool> use) {
+  if (use) enable_amx(*use);
+  return amx_enabled();
 }
 
 }  // namespace
@@ -103,5 +102,5 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isas", TORCH_BOX(&tq::cpu::cpu_isas));
   m.impl("_cpu_isa", TORCH_BOX(&tq::cpu::cpu_isa));
-  m.impl("_cpu_library_prefill", TORCH_BOX(&tq::cpu::cpu_library_prefill));
+  m.impl("_cpu_amx", TORCH_BOX(&tq::cpu::cpu_amx));
 }

@@ -10,13 +10,13 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
 
 #include "buffer.h"
 #include "codec.h"
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace tq::cpu {
@@ -26,15 +26,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kWorkspace = 16 << 20;  // numbers of decompressed K, and of V: 32 MiB each
-
-std::atomic<bool>& enabled() {
-#ifdef __x86_64__
-  static std::atomic<bool> flag = __builtin_cpu_supports("amx-bf16") != 0;
-#else
-  static std::atomic<bool> flag = false;
-#endif
-  return flag;
-}
 
 // What one batch row's queries see: query rows [row, Lq) the keys [key, key + keys), the causal
 // rule among themselves. Rows before see nothing.
@@ -109,12 +100,9 @@ void clear(const AttentionProblem& p, int64_t b, int64_t rows) {
 
 }  // namespace
 
-bool prefill_enabled() { return enabled(); }
-void enable_prefill(bool on) { enabled() = on; }
-
 bool prefill_applies(const AttentionProblem& p) {
   // Below 2·D rows per key decompression costs more than the matrix units save.
-  if (!prefill_enabled() || p.query.dtype != Dtype::bf16 || p.query.stride[3] != 1 ||
+  if (!amx_enabled() || p.query.dtype != Dtype::bf16 || p.query.stride[3] != 1 ||
       p.out.stride[3] != 1 || p.mask || p.sinks || p.softcap != 0 ||
       p.Lq * (p.Hq / p.Hkv) < 2 * p.D)
     return false;

@@ -1,5 +1,5 @@
-// Attention of many query rows in bf16 on processors with AMX, whose matrix units only torch's own
-// attention reaches.
+// Attention of many query rows in bf16 on processors with AMX: torch's own, over decompressed keys
+// and values. Its tiles are full of queries; those of amx.cpp hold each query in two parts.
 #pragma once
 
 #include "../problem.h"
@@ -9,9 +9,5 @@ namespace tq::cpu {
 // Whether torch's attention is the faster way for this problem, and can express it.
 bool prefill_applies(const AttentionProblem& problem);
 void prefill(const AttentionProblem& problem);
-
-// Whether prefill() may be used at all: from the start, if the processor has AMX. Tests force it.
-bool prefill_enabled();
-void enable_prefill(bool enabled);
 
 }  // namespace tq::cpu
