@@ -25,8 +25,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+from hf.tiny import tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import turboquant
@@ -36,17 +37,10 @@ from turboquant.cli import demo, info, main, measure, models, report, terminal
 from turboquant.cli.errors import UserError
 from turboquant.hf import TurboQuantCache, enabled
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 END = 256
 PROMPT = "def main(argv):\n    return"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -65,21 +59,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_tiny(folder: Path, **overrides: Any) -> None:
     options = {
-        "num_hidden_layers": 2,
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
         "vocab_size": 257,
         "max_position_embeddings": 128,
-        # Large weights: with the usual 0.02, attention hardly matters and a token repeats.
         "initializer_range": 0.15,
         "bos_token_id": END,
-        "eos_token_id": None,
+        "pad_token_id": None,
     }
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **{**options, **overrides})
+    config = tiny_config(**{**options, **overrides})
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(turboquant.demo.MODEL_FOLDER / name, folder)

@@ -192,7 +192,7 @@ def pick_device(name: str | None, needs_kernels: bool) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()  # "meta" holds no numbers, and fails too
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"cannot use device {name!r} ({first_paragraph(error)}); "
             "try --device cpu, or see turboquant info"
