@@ -31,8 +31,7 @@ std::vector<const Kernels*> usable() {
 bool amx_usable() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  return available().back() == avx512_kernels() && __builtin_cpu_supports("avx512vbmi") &&
-         __builtin_cpu_supports("amx-bf16") &&
+  return available().back() == avx512_kernels() && __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

@@ -539,7 +539,7 @@ void compress(const CompressTask& task) {
         norm[r] /= static_cast<float>(product);
     }
     uint8_t* packed = task.packed[r];
-    if (task.byte_stride == 1)
+    if (task.byte_stride == 1)  // apart, because the compiler vectorises it
       for (int64_t j = 0; j < D / 2; ++j) packed[j] = pack(index[2 * j], index[2 * j + 1]);
     else
       for (int64_t j = 0; j < D / 2; ++j)
