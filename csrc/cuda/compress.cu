@@ -1,195 +1,34 @@
-// Compress and decompress, written for correctness on every architecture: float32 throughout, the
-// rotation read from the L2 cache.
-//
-// A block of 4 warps takes 8 vectors. compress: one warp per vector finds its length; then each
-// warp takes every fourth row of the rotation, its lanes along the row, and forms the 8 products
-// with it. decompress: each thread takes every 128th column. Per coordinate: D multiply-adds and
-// D/8 loads of the rotation.
-#include "device/element.cuh"
-#include "kernels.h"
+// Which kernel compresses: compress_few.cu or compress_tiles.cu for 16-bit numbers of the tuned
+// head dims in aligned rows without an offset, compress_general.cu for the rest.
+#include "codec.cuh"
 
 namespace tq::cuda {
 namespace {
 
-constexpr int kVectors = 8;
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
+// So many numbers of a problem cost compress_few.cu as much as compress_tiles.cu pays for reading
+// the rotation.
+constexpr int64_t kFew = 1 << 16;
 
-__device__ float warp_sum(float x) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
-  return x;
-}
-__device__ float warp_max(float x) {  // NaN wins
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float other = __shfl_xor_sync(~0u, x, lanes);
-    x = other > x || other != other ? other : x;
-  }
-  return x;
-}
-
-struct Position {
-  int64_t b, h, s;
-  __device__ Position(int64_t vector, int64_t H, int64_t S)
-      : b(vector / S / H), h(vector / S % H), s(vector % S) {}
-};
-
-// Whether a later token goes to the same slot. Two blocks may not both write it: one could win the
-// bytes and the other the norm. By one warp.
-__device__ bool superseded(const CompressProblem& p, const Position& at, int64_t slot) {
-  if (!p.slot) return false;
-  bool found = false;
-  for (int64_t s = at.s + 1 + threadIdx.x % 32; s < p.S && !found; s += 32)
-    found = p.slot.at(at.b, s) == slot;
-  return __any_sync(~0u, found);
-}
-
-// Vector `vector` of x, less its offset, to x[D] in shared memory, as a unit vector, or as 0 if it
-// has no direction. Returns its length. By one warp.
-__device__ float load_direction(const CompressProblem& p, int64_t vector, float* x) {
-  const int lane = threadIdx.x % 32, D = static_cast<int>(p.D);
-  const Position at(vector, p.H, p.S);
-  const int64_t from = offset_of(p.x, at.b, at.h, at.s);
-  const int64_t offset = offset_of(p.offset, at.b, at.h, 0);
-  float largest = 0;
-  for (int d = lane; d < D; d += 32) {
-    float value = load_element(p.x, from + d * p.x.stride[3]);
-    if (p.offset) value -= load_element(p.offset, offset + d * p.offset.stride[3]);
-    x[d] = value;
-    largest = fabsf(value) > largest || value != value ? fabsf(value) : largest;
-  }
-  largest = warp_max(largest);
-  // The squares of 1e-30 or 1e30 do not fit a float: the largest coordinate is divided out.
-  float norm = largest;
-  if (largest > 0 && largest < INFINITY) {
-    float squares = 0;
-    for (int d = lane; d < D; d += 32) squares += x[d] / largest * (x[d] / largest);
-    norm = largest * sqrtf(warp_sum(squares));
-  }
-  const bool has_direction = norm > 0 && norm < INFINITY;
-  for (int d = lane; d < D; d += 32) x[d] = has_direction ? x[d] / norm : 0;
-  return norm;
-}
-
-__global__ void __launch_bounds__(kThreads) compress_kernel(const CompressProblem p) {
-  extern __shared__ float shared[];
-  float* x = shared;                   // [kVectors][D]
-  float* y = shared + kVectors * p.D;  // [kVectors][D], rotated
-  __shared__ float norm[kVectors];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = static_cast<int>(p.D);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kVectors, total = p.B * p.H * p.S;
-  const int count = static_cast<int>(min(static_cast<int64_t>(kVectors), total - first));
-
-  for (int v = warp; v < kVectors; v += kWarps) {
-    if (v < count) {
-      const float length = load_direction(p, first + v, x + v * D);
-      if (lane == 0) norm[v] = length;
-    } else {
-      for (int d = lane; d < D; d += 32) x[v * D + d] = 0;
-    }
-  }
-  __syncthreads();
-
-  for (int row = warp; row < D; row += kWarps) {
-    float sum[kVectors] = {};
-    for (int d = lane; d < D; d += 32) {
-      const float r = p.rotation[row * D + d];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) sum[v] += r * x[v * D + d];
-    }
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const float whole = warp_sum(sum[v]);
-      if (lane == 0) y[v * D + row] = whole;
-    }
-  }
-  __syncthreads();
-
-  for (int v = warp; v < count; v += kWarps) {
-    const Position at(first + v, p.H, p.S);
-    const int64_t slot = p.slot ? p.slot.at(at.b, at.s) : at.s;
-    if (slot < 0 || slot >= p.capacity) continue;  // nothing outside is ever written
-    if (superseded(p, at, slot)) continue;
-    auto* bytes = static_cast<uint8_t*>(p.packed.data) + offset_of(p.packed, at.b, at.h, slot);
-    float length = 0, product = 0;  // |ŷ|², ⟨y, ŷ⟩
-    for (int j = lane; j < D / 2; j += 32) {
-      int index[2] = {};
-      for (int side = 0; side < 2; ++side) {
-        const float value = y[v * D + 2 * j + side];
-        for (int i = 0; i < kBoundaries; ++i) index[side] += value > p.boundaries[i];
-        if (p.policy != NormPolicy::l2) {
-          const float rounded = p.centroids[index[side]];
-          length += rounded * rounded;
-          product += rounded * value;
-        }
-      }
-      bytes[j * p.packed.stride[3]] = pack(index[0], index[1]);
-    }
-    float stored = norm[v];
-    if (p.policy == NormPolicy::preserve) {
-      stored /= sqrtf(warp_sum(length));
-    } else if (p.policy == NormPolicy::unbiased) {
-      product = warp_sum(product);
-      if (product > 0) stored /= product;
-    }
-    if (lane == 0) store_element(p.norms, offset_of(p.norms, at.b, at.h, slot), stored);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) decompress_kernel(const DecompressProblem p) {
-  extern __shared__ float y[];  // [kVectors][D]
-  const int D = static_cast<int>(p.D);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kVectors, total = p.B * p.H * p.S;
-  const int count = static_cast<int>(min(static_cast<int64_t>(kVectors), total - first));
-
-  for (int i = threadIdx.x; i < kVectors * D / 2; i += kThreads) {
-    const int v = i / (D / 2), j = i % (D / 2);
-    if (v >= count) break;
-    const Position at(first + v, p.H, p.S);
-    const uint8_t byte = static_cast<const uint8_t*>(
-        p.packed.data)[offset_of(p.packed, at.b, at.h, at.s) + j * p.packed.stride[3]];
-    y[v * D + 2 * j] = p.centroids[even_index(byte)];
-    y[v * D + 2 * j + 1] = p.centroids[odd_index(byte)];
-  }
-  __syncthreads();
-
-  for (int d = threadIdx.x; d < D; d += kThreads) {
-    float sum[kVectors] = {};
-    for (int row = 0; row < D; ++row) {
-      const float r = p.rotation[row * D + d];
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v)
-        if (v < count) sum[v] += r * y[v * D + row];
-    }
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (v >= count) break;
-      const Position at(first + v, p.H, p.S);
-      float value = sum[v] * load_element(p.norms, offset_of(p.norms, at.b, at.h, at.s));
-      if (p.offset)
-        value +=
-            load_element(p.offset, offset_of(p.offset, at.b, at.h, 0) + d * p.offset.stride[3]);
-      store_element(p.x, offset_of(p.x, at.b, at.h, at.s) + d, value);
-    }
-  }
-}
-
-template <class Problem>
-unsigned blocks(const Problem& p) {
-  return static_cast<unsigned>((p.B * p.H * p.S + kVectors - 1) / kVectors);
+bool is_tuned(const CompressProblem& p) {
+  return tuned_dim(p.D) && p.x.dtype != Dtype::f32 && !p.offset && aligned_rows(p.x, 2, 16) &&
+         reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0 && p.B * p.H * p.S < 1 << 30;
 }
 
 }  // namespace
 
-cudaError_t launch_compress(const CompressProblem& p, cudaStream_t stream) {
-  if (blocks(p) == 0) return cudaSuccess;
-  compress_kernel<<<blocks(p), kThreads, 2 * kVectors * p.D * sizeof(float), stream>>>(p);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_decompress(const DecompressProblem& p, cudaStream_t stream) {
-  if (blocks(p) == 0) return cudaSuccess;
-  decompress_kernel<<<blocks(p), kThreads, kVectors * p.D * sizeof(float), stream>>>(p);
-  return cudaGetLastError();
+cudaError_t launch_compress(const CompressProblem* problems, int count, cudaStream_t stream) {
+  CompressProblems all = {};
+  for (int i = 0; i < count; ++i) all.of[i] = problems[i];
+  const int64_t vectors = all.of[0].B * all.of[0].H * all.of[0].S;
+  if (vectors == 0) return cudaSuccess;
+  bool tuned = true, tiles = true;
+  for (int i = 0; i < count; ++i) {
+    tuned = tuned && is_tuned(all.of[i]);
+    tiles = tiles && compress_tiles_fit(all.of[i]);
+  }
+  if (tuned && vectors * all.of[0].D <= kFew) return launch_compress_few(all, count, stream);
+  if (tuned && tiles) return launch_compress_tiles(all, count, stream);
+  return launch_compress_general(all, count, stream);
 }
 
 }  // namespace tq::cuda

@@ -8,7 +8,18 @@
 
 namespace tq::cuda {
 
-cudaError_t launch_compress(const CompressProblem& problem, cudaStream_t stream);
+// One problem or two of equal sizes and types: the keys and the values of an update.
+cudaError_t launch_compress(const CompressProblem* problems, int count, cudaStream_t stream);
 cudaError_t launch_decompress(const DecompressProblem& problem, cudaStream_t stream);
+
+// Attention: the decode kernels (decode.h) where they fit, else the general one.
+int64_t attention_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
+cudaError_t launch_attention(const AttentionProblem& problem, void* workspace, int multiprocessors,
+                             cudaStream_t stream);
+
+// Attention of any shape. The workspace is bounded: its size does not depend on Lkv.
+int64_t general_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
+cudaError_t launch_general(const AttentionProblem& problem, void* workspace, int multiprocessors,
+                           cudaStream_t stream);
 
 }  // namespace tq::cuda

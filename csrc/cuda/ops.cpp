@@ -25,12 +25,25 @@ class OnDevice {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    device_ = device;
+    check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device));
   }
   ~OnDevice() { cudaSetDevice(previous_); }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
   cudaStream_t stream() const { return stream_; }
+  int multiprocessors() const { return multiprocessors_; }
+
+  // Memory from torch's allocator: it may be reused on this stream as soon as the tensor is gone.
+  Tensor workspace(int64_t bytes) const {
+    const int64_t stride = 1;
+    AtenTensorHandle memory = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                                    aoti_torch_device_type_cuda(), device_,
+                                                    &memory));
+    return Tensor(memory);
+  }
 
   static void check(cudaError_t error, const char* op = "turboquant") {
     if (error != cudaSuccess)
@@ -38,7 +51,7 @@ class OnDevice {
   }
 
  private:
-  int previous_ = 0;
+  int previous_ = 0, device_ = 0, multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
 };
 
@@ -47,7 +60,7 @@ std::tuple<Tensor, Tensor> compress_op(const Tensor& x, const Tensor& rotation,
                                        const std::string& norm, const OptionalTensor& offset) {
   const auto checked = check_compress(x, rotation, boundaries, centroids, norm, offset);
   const OnDevice device(x);
-  device.check(launch_compress(checked.problem, device.stream()), "compress");
+  device.check(launch_compress(&checked.problem, 1, device.stream()), "compress");
   return {checked.outputs[0], checked.outputs[1]};
 }
 
@@ -68,8 +81,41 @@ void update_op(const Tensor& k, const Tensor& v, const Tensor& input_pos, const 
   const auto checked = check_update(k, v, input_pos, rotation, boundaries, k_packed, k_norms,
                                     v_packed, v_norms, centroids, k_norm, v_norm, k_offset);
   const OnDevice device(k);
-  device.check(launch_compress(checked.k, device.stream()), "update_");
-  device.check(launch_compress(checked.v, device.stream()), "update_");
+  const CompressProblem problems[] = {checked.k, checked.v};
+  device.check(launch_compress(problems, 2, device.stream()), "update_");
+}
+
+void run_attention(const AttentionProblem& problem, const Tensor& query, const char* op) {
+  const OnDevice device(query);
+  const int64_t bytes = attention_workspace(problem, device.multiprocessors());
+  const Tensor workspace = device.workspace(bytes);
+  device.check(launch_attention(problem, workspace.data_ptr(), device.multiprocessors(),
+                                device.stream()),
+               op);
+}
+
+Tensor sdpa_op(const Tensor& query, const Tensor& k_packed, const Tensor& k_norms,
+               const Tensor& v_packed, const Tensor& v_norms, const Tensor& centroids,
+               const Tensor& rotation, const OptionalTensor& attn_mask, bool is_causal,
+               std::optional<double> scale, const OptionalTensor& kv_len, bool mask_is_causal) {
+  const auto checked = check_attention(
+      "tq4_sdpa", query, k_packed, k_norms, v_packed, v_norms, centroids, rotation, attn_mask,
+      is_causal, scale, kv_len, mask_is_causal, std::nullopt, std::nullopt, std::nullopt, false);
+  run_attention(checked.problem, query, "tq4_sdpa");
+  return checked.outputs[0];
+}
+
+std::tuple<Tensor, Tensor> attention_op(
+    const Tensor& query, const Tensor& k_packed, const Tensor& k_norms, const Tensor& v_packed,
+    const Tensor& v_norms, const Tensor& centroids, const Tensor& rotation,
+    const OptionalTensor& attn_mask, bool is_causal, std::optional<double> scale,
+    const OptionalTensor& kv_len, bool mask_is_causal, const OptionalTensor& kv_start,
+    std::optional<double> softcap, const OptionalTensor& sinks) {
+  const auto checked = check_attention("tq4_attention", query, k_packed, k_norms, v_packed, v_norms,
+                                       centroids, rotation, attn_mask, is_causal, scale, kv_len,
+                                       mask_is_causal, kv_start, softcap, sinks, true);
+  run_attention(checked.problem, query, "tq4_attention");
+  return {checked.outputs[0], checked.outputs[1]};
 }
 
 }  // namespace
@@ -79,4 +125,6 @@ STABLE_TORCH_LIBRARY_IMPL(turboquant, CUDA, m) {
   m.impl("compress", TORCH_BOX(&tq::cuda::compress_op));
   m.impl("decompress", TORCH_BOX(&tq::cuda::decompress_op));
   m.impl("update_", TORCH_BOX(&tq::cuda::update_op));
+  m.impl("tq4_sdpa", TORCH_BOX(&tq::cuda::sdpa_op));
+  m.impl("tq4_attention", TORCH_BOX(&tq::cuda::attention_op));
 }

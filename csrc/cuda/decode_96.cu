@@ -1,0 +1,3 @@
+#include "decode.cuh"
+
+template cudaError_t tq::cuda::launch_decode<96>(const DecodeTask&, cudaStream_t);

@@ -1,0 +1,179 @@
+// The machine's instructions that C++ has no words for, one function each. PTX ISA sections are
+// named where a layout matters. Nothing else in the project contains assembly.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace tq::cuda {
+
+// ---------------------------------------------------------------------------------- arithmetic
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline uint32_t as_bits(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
+__device__ inline __half2 as_half2(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
+
+// The same number, known to be the same in all lanes of the warp: instructions that take only
+// uniform operands, such as bulk copies, are then issued once, not in a loop over the lanes.
+__device__ inline int uniform(int x) { return __reduce_or_sync(~0u, x); }
+__device__ inline const char* uniform(const char* p) {
+  const auto bits = reinterpret_cast<uint64_t>(p);
+  const uint64_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(bits));
+  const uint64_t high = __reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32));
+  return reinterpret_cast<const char*>(high << 32 | low);
+}
+
+// Keeps the compiler from computing ahead what depends on x.
+__device__ inline void pin(float& x) { asm volatile("" : "+f"(x)); }
+
+// ------------------------------------------------------------------------------- matrix products
+// c += a · b, "mma.m16n8k16" and "mma.m16n8k8" in the PTX ISA. With g = lane / 4 and t = lane % 4:
+//   a: rows g, g + 8, columns 2t, 2t + 1, then the same rows, columns 2t + 8, 2t + 9
+//   b: rows 2t, 2t + 1, then 2t + 8, 2t + 9, of column g
+//   c: row g, columns 2t, 2t + 1, then row g + 8
+
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for tf32, eight columns of a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); rows t and
+// t + 4 of b. The low 13 bits of an operand are ignored.
+__device__ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit numbers, of which each lane holds row g, columns 2t
+// and 2t + 1.
+__device__ inline uint32_t transpose8x8(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// ------------------------------------------------------------------------------- shared memory
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ----------------------------------------------------------------------------- asynchronous copies
+// Hopper and later: a copy engine that fills shared memory and counts the bytes on a barrier.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers known to the copy engine.
+__device__ inline void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrive, and expect this many bytes before the phase is over.
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// Orders this thread's own accesses to shared memory before later bulk copies into it.
+__device__ inline void fence_before_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// `bytes` and both addresses are multiples of 16. What is read once shall not push other data out
+// of the L2: hence the policy, the value that createpolicy makes of evict_first.
+__device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+      "%2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(0x12F0000000000000)
+      : "memory");
+}
+#endif
+
+// Older: each lane copies 16 bytes at a time, in groups that complete in order.
+
+__device__ inline void copy16_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until no more than `kPending` groups are under way.
+template <int kPending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ------------------------------------------------------------------- kernels that follow each
+// other Programmatic dependent launch: the next kernel may start now; wait for the one before.
+
+__device__ inline void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ------------------------------------------------------------- words that other blocks read or
+// write 16 bytes that are seen all or not at all: one scalar in the memory model (PTX ISA, ld and
+// st, .b128).
+
+__device__ inline float4 load_word(const float4* p) {
+  uint64_t low, high;
+  asm volatile(
+      "{\n.reg .b128 v;\n"
+      "ld.relaxed.gpu.global.b128 v, [%2];\n"
+      "mov.b128 {%0, %1}, v;\n}"
+      : "=l"(low), "=l"(high)
+      : "l"(p)
+      : "memory");
+  return {__uint_as_float(static_cast<uint32_t>(low)),
+          __uint_as_float(static_cast<uint32_t>(low >> 32)),
+          __uint_as_float(static_cast<uint32_t>(high)),
+          __uint_as_float(static_cast<uint32_t>(high >> 32))};
+}
+
+__device__ inline void store_word(float4* p, float4 v) {
+  const uint64_t low = __float_as_uint(v.x) | static_cast<uint64_t>(__float_as_uint(v.y)) << 32;
+  const uint64_t high = __float_as_uint(v.z) | static_cast<uint64_t>(__float_as_uint(v.w)) << 32;
+  asm volatile(
+      "{\n.reg .b128 v;\n"
+      "mov.b128 v, {%1, %2};\n"
+      "st.relaxed.gpu.global.b128 [%0], v;\n}" ::"l"(p),
+      "l"(low), "l"(high)
+      : "memory");
+}
+
+}  // namespace tq::cuda

@@ -1,0 +1,109 @@
+// A warp's own ring of shared-memory slots that asynchronous copies fill ahead of it. Keys and
+// values of a unit alternate: slot 0 keys, slot 1 values, slot 2 keys of the next unit, ... No
+// other warp touches it, so a warp never waits for another.
+//
+// Hopper: bulk copies, a barrier per slot. Older: every lane copies 16 bytes at a time; each fill
+// is a group, and groups complete in order.
+#pragma once
+
+#include "ptx.cuh"
+#include "tile.cuh"
+
+namespace tq::cuda {
+
+template <int D, int kSlots>
+class Ring {
+  using T = Tile<D>;
+
+ public:
+  static constexpr int kBytes = kSlots * T::kBytes;
+  static constexpr int kAhead = kSlots / 2;  // units
+
+  // `slots`, `barriers` (8 bytes each): this warp's. All lanes of the warp together, as below.
+  __device__ Ring(char* slots, char* barriers)
+      : slots_(slots), barriers_(shared_address(barriers)) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < kSlots; ++i) barrier_init(barriers_ + 8 * i, 1);
+      barrier_init_fence();
+    }
+    __syncwarp();
+#endif
+  }
+
+  // Starts to fill slot `slot` with the first `count` positions of a unit; the norms of the others
+  // become zero. Every lane has read what the slot held before. Layout: T::Keys or T::Values.
+  template <class Layout>
+  __device__ void fill(int slot, const char* rows, const char* norms, int count) {
+    __syncwarp();
+    if (count >= kUnit)
+      copy<Layout>(slot, rows, norms, kUnit * T::kRow, kUnit * 2);
+    else
+      fill_part<Layout>(slot, rows, norms, count);
+  }
+
+  // Nothing to fill the next slot with: keeps the count of older architectures' groups.
+  __device__ void skip() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    copies_commit();
+#endif
+  }
+
+  // Slot `slot`, once it is full for the `round`-th time.
+  __device__ const char* wait(int slot, uint32_t round) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    barrier_wait(barriers_ + 8 * slot, round & 1);
+#else
+    copies_wait<kSlots - 1>();
+#endif
+    __syncwarp();
+    return slots_ + slot * T::kBytes;
+  }
+
+ private:
+  // The last unit. What is no multiple of 16 bytes goes by hand: a few norms, and half of 16 bytes
+  // of D = 80.
+  template <class Layout>
+  __device__ void fill_part(int slot, const char* rows, const char* norms, int count) {
+    char* const to = slots_ + slot * T::kBytes;
+    const int lane = threadIdx.x % 32;
+    if (lane >= (count & ~7))
+      reinterpret_cast<uint16_t*>(to + T::kNorms)[lane] =
+          lane < count ? reinterpret_cast<const uint16_t*>(norms)[lane] : 0;
+    if constexpr (T::kRow % 16 != 0) {
+      const int byte = (count * T::kRow & ~15) + lane * 4;
+      if (byte < count * T::kRow)
+        *reinterpret_cast<uint32_t*>(to + byte) = *reinterpret_cast<const uint32_t*>(rows + byte);
+    }
+    copy<Layout>(slot, rows, norms, count * T::kRow & ~15, count * 2 & ~15);
+  }
+
+  template <class Layout>
+  __device__ void copy(int slot, const char* rows, const char* norms, int bytes, int norm_bytes) {
+    const uint32_t to = shared_address(slots_) + slot * T::kBytes;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0) {
+      const uint32_t barrier = barriers_ + 8 * slot;
+      barrier_expect(barrier, bytes + norm_bytes);
+#pragma unroll
+      for (int block = 0; block < Layout::kBlocks; ++block) {
+        const int first = block * Layout::kRows * T::kRow;
+        const int mine = min(bytes - first, Layout::kRows * T::kRow);
+        if (mine > 0) copy_bulk(to + first + block * Layout::kShift, rows + first, mine, barrier);
+      }
+      if (norm_bytes > 0) copy_bulk(to + T::kNorms, norms, norm_bytes, barrier);
+    }
+#else
+    const int lane = threadIdx.x % 32;
+    for (int byte = lane * 16; byte < bytes; byte += 32 * 16)
+      copy16_async(to + byte + byte / (Layout::kRows * T::kRow) * Layout::kShift, rows + byte);
+    if (lane * 16 < norm_bytes) copy16_async(to + T::kNorms + lane * 16, norms + lane * 16);
+    copies_commit();
+#endif
+  }
+
+  char* slots_;
+  uint32_t barriers_;
+};
+
+}  // namespace tq::cuda
