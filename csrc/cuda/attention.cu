@@ -1,15 +1,22 @@
 // Which kernel takes an attention problem, and the memory it works in.
+#include <atomic>
+
 #include "decode.h"
 #include "kernels.h"
 
 namespace tq::cuda {
+
+std::atomic<int64_t> decode_patience = 400'000;  // 0.2 ms: longer than any block is late by itself
+
 namespace {
 
 int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to); }
 
 // How the work is cut. Items that are equally long are dealt out evenly wherever that leaves few
-// multiprocessors idle (128 of an H200's 132 draw the memory's full rate), else they lie on a line.
+// multiprocessors idle, else they lie on a line.
 DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
+  // 128 of an H200's 132 draw the memory's full rate; the rest may rotate the queries meanwhile.
+  const int most = multiprocessors - multiprocessors / 32;
   DecodePlan plan = {};
   const int64_t rows = p.Hq / p.Hkv * p.Lq;
   const int most_rows = p.D <= 128 ? 32 : p.D <= 256 ? 16 : 8;
@@ -17,16 +24,16 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
   plan.row_tiles = round_up(rows, plan.tile_rows);
   plan.items = static_cast<int>(p.B * p.Hkv * plan.row_tiles);
 
-  plan.blocks_per_item = multiprocessors >= plan.items ? multiprocessors / plan.items : 1;
-  plan.items_per_block = round_up(plan.items, multiprocessors);
+  plan.blocks_per_item = most >= plan.items ? most / plan.items : 1;
+  plan.items_per_block = round_up(plan.items, most);
   plan.blocks = plan.items_per_block > 1 ? round_up(plan.items, plan.items_per_block)
                                          : plan.items * plan.blocks_per_item;
   plan.partial_slots = plan.blocks;
   const bool equal = p.B == 1 || ((!p.kv_len || p.kv_len.stride[0] == 0) &&
                                   (!p.kv_start || p.kv_start.stride[0] == 0));
-  if (!equal || 10 * plan.blocks < 9 * multiprocessors) {
+  if (!equal || 10 * plan.blocks < 9 * most) {
     plan.blocks_per_item = plan.items_per_block = 0;
-    plan.blocks = multiprocessors;
+    plan.blocks = most;
     plan.partial_slots = 2 * plan.blocks;
   }
 
@@ -35,6 +42,24 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
   plan.min_units = p.D <= 128 ? 16 : 1;
   plan.min_span = p.D <= 128 ? 1 : static_cast<uint32_t>(p.D) / 8;
   return plan;
+}
+
+// Whether the decode kernels of this library are more than empty on the current device: they are
+// written for Hopper and its successors in data centres (decode_finish.cuh), and what counts is the
+// architecture that the code in use was compiled for.
+__global__ void compiled_for() {}
+
+bool device_decodes() {
+  static std::atomic<int8_t> known[64];  // 0: not yet, 1: no, 2: yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  std::atomic<int8_t>& here = known[device % 64];
+  if (here == 0) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, compiled_for) != cudaSuccess) return false;
+    here = attributes.ptxVersion >= 90 && attributes.ptxVersion < 120 ? 2 : 1;
+  }
+  return here == 2;
 }
 
 // The tuned kernels read packed rows, and bf16 norms, that follow each other, 16 bytes at a time.
@@ -57,7 +82,7 @@ bool is_decode(const AttentionProblem& p) {
     case 512: break;
     default: return false;
   }
-  return p.query.dtype != Dtype::f32 && streams(p.k_packed, p.k_norms) &&
+  return device_decodes() && p.query.dtype != Dtype::f32 && streams(p.k_packed, p.k_norms) &&
          streams(p.v_packed, p.v_norms) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0 &&
          p.Lkv < (int64_t{1} << 30) && p.B * p.Hkv * p.Lkv / 32 + p.B * p.Hq * p.Lq < INT32_MAX / 4;
 }
@@ -95,6 +120,7 @@ DecodeTask make_task(const AttentionProblem& p, int multiprocessors) {
   task.k = source_of(p.k_packed, 1), task.v = source_of(p.v_packed, 1);
   task.k_norms = source_of(p.k_norms, 2), task.v_norms = source_of(p.v_norms, 2);
   task.group = static_cast<int>(p.Hq / p.Hkv);
+  task.patience = decode_patience;
   return task;
 }
 

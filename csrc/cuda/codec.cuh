@@ -12,12 +12,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <atomic>
 #include <type_traits>
 
 #include "codec_mma.cuh"
 #include "device/element.cuh"
 #include "kernels.h"
+#include "prepare.h"
 
 namespace tq::cuda {
 
@@ -61,24 +61,6 @@ inline int shared_limit() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
-}
-
-// Lets a kernel have so much shared memory, once on each device, and counts the multiprocessors.
-template <auto kKernel>
-cudaError_t prepare(int shared_bytes, unsigned* multiprocessors) {
-  static std::atomic<uint64_t> prepared{0};
-  int device = 0, number = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (error == cudaSuccess && !(prepared & bit)) {
-    error =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error == cudaSuccess) prepared |= bit;
-  }
-  *multiprocessors = number;
-  return error;
 }
 
 // The kernels' choice, in the order of preference; compress.cu and decompress.cu.

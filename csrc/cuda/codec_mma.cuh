@@ -90,6 +90,8 @@ __device__ void multiply(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_
   for (int i = 0; i < kSteps; ++i) wgmma(y, a[i], first + i * (256 >> 4), 16 * kSteps, i > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kY; ++i) asm volatile("" : "+f"(y[i]));  // not read before
 }
 
 // After writing b: the tensor cores read shared memory through a proxy of their own.

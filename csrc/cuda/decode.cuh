@@ -24,9 +24,8 @@
 // of norms; about 420 instructions a warp, 1.65 per coordinate. At 132 SMs the copies bind first.
 #pragma once
 
-#include <cstdlib>
-
 #include "decode_finish.cuh"
+#include "prepare.h"
 
 namespace tq::cuda {
 
@@ -48,12 +47,11 @@ __device__ inline void load_chunk(const char* from, uint32_t* words) {
 }
 
 // One thread's view of a running decode kernel.
-template <int D, int kNT, bool kLarge>
+template <int D, int kNT>
 class Decoder {
-  using F = Finish<D, kNT, kLarge>;
-  using S = DecodeShape<D, kNT, kLarge>;
+  using F = Finish<D, kNT>;
+  using S = DecodeShape<D, kNT>;
   using T = Tile<D>;
-  using Lut = Table<S::kStride>;
 
  public:
   __device__ explicit Decoder(const DecodeTask& task)
@@ -64,41 +62,53 @@ class Decoder {
               shared() + S::kBarriers + warp_ * S::kSlots * 8) {}
 
   __device__ void run() {
+    // Asked for before the copies, behind which it would have to queue.
+    const float centroid = p_.centroids[threadIdx.x % 16];
     Segment s = segment_at(task_, ~0u);
     if (s.blocks == 0) return;
-    Segment done, shared_first, shared_last;  // shared: with other blocks
-    done.blocks = shared_first.blocks = shared_last.blocks = 0;
+    Segment done, parts[2];  // parts: the first and the last segment, if other blocks have a share
+    done.blocks = parts[0].blocks = parts[1].blocks = 0;
+    bool first = true;
 #pragma unroll 1
-    for (;;) {
-      if (done.blocks > 0) {
-        merge_warps(done);
+    do {
+#pragma unroll 1
+      for (;;) {
+        if (done.blocks > 0) merge_warps(done);
         fence_before_copies();
+        if (s.blocks > 0) start_copies(s);
+        if (first) {
+          Table::fill(shared(),
+                      __float2half(centroid * (sqrtf(static_cast<float>(D)) * kLevelScale)));
+          wait_for_previous_kernel();  // the rotated queries, the exchange's words
+        }
+        if (s.blocks > 0) start_more_copies(s);
+        if (done.blocks == 1) F::rotate(task_, done);
+        if (s.blocks == 0) break;
+        attend(s);
+        if (!s.whole()) parts[first ? 0 : 1] = s;
+        first = false;
+        done = s;
+        s = segment_at(task_, s.next);
       }
-      if (s.blocks > 0) start_copies(s);
-      if (done.blocks == 0) {
-        Lut::fill(shared(), __float2half(p_.centroids[threadIdx.x % 16] *
-                                         (sqrtf(static_cast<float>(D)) * kLevelScale)));
-        wait_for_previous_kernel();  // the rotated queries, the exchange's words
-      } else if (done.whole()) {
-        F::rotate(task_, done);
-      }
-      if (s.blocks == 0) break;
-      attend(s);
-      if (!s.whole()) (done.blocks == 0 ? shared_first : shared_last) = s;
-      done = s;
-      s = segment_at(task_, s.next);
-    }
-    // No block waits before all its sums are out, nor does anyone wait for a rotation.
+      if (parts[0].blocks + parts[1].blocks == 0) return;
+      done.blocks = 0;
+      // No block waits before all its sums are out, nor does anyone wait for a rotation.
 #pragma unroll 1
-    for (int pass = 0; pass < 4; ++pass) {
-      const Segment& part = pass % 2 == 0 ? shared_first : shared_last;
-      if (part.blocks == 0) continue;
-      F::describe_rows(task_, part);
-      if (pass < 2)
-        F::reduce(task_, part);
-      else
-        F::rotate(task_, part);
-    }
+      for (int pass = 0; pass < 4; ++pass) {
+        Segment& part = parts[pass % 2];
+        if (part.blocks < 2) continue;
+        __syncthreads();  // whoever still reads the rows of the pass before
+        F::describe_rows(task_, part);
+        // Whoever waited too long does the whole item alone: see kPatience.
+        if (!(pass < 2 ? F::reduce(task_, part) : F::rotate(task_, part)))
+          part = alone(part);
+        else if (pass >= 2)
+          part.blocks = 0;
+      }
+      Segment& next = parts[parts[0].blocks == 0];
+      s = known_uniform(next);
+      next.blocks = 0;
+    } while (s.blocks > 0);
   }
 
  private:
@@ -106,6 +116,14 @@ class Decoder {
   static __device__ int g() { return F::g(); }
   static __device__ int t() { return F::t(); }
   static __device__ char* shared() { return F::shared(); }
+
+  // All of a segment's item for this block.
+  static __device__ Segment alone(Segment s) {
+    s.next = ~1u;  // of nobody
+    s.from = 0, s.to = static_cast<int>(divide_up(s.length, kUnit)) - s.first_unit;
+    s.first_block = blockIdx.x, s.blocks = 1;
+    return s;
+  }
 
   // -------------------------------------------------------------------------------- the copies
   // Unit n of this warp in a segment is unit from + warp + n · warps of the item. The ring is ahead
@@ -115,8 +133,13 @@ class Decoder {
     k_norms_ = unit_of(task_.k_norms, s, kUnit * 2),
     v_norms_ = unit_of(task_.v_norms, s, kUnit * 2);
     keys_left_ = s.length - s.first_unit * kUnit;
+    copy_ahead(s, 0, 1);
+  }
+  // Issuing copies is slow while many are under way: only the first unit's come before other work.
+  __device__ void start_more_copies(const Segment& s) { copy_ahead(s, 1, S::Slots::kAhead); }
+  __device__ void copy_ahead(const Segment& s, int from, int to) {
 #pragma unroll 1
-    for (int i = 0; i < S::Slots::kAhead; ++i) {
+    for (int i = from; i < to; ++i) {
       const int unit = s.from + warp_ + i * S::kWarps;
       const int pair = (turn_ + i) % S::Slots::kAhead;
       fill_keys(pair, unit, s.to);
@@ -130,13 +153,13 @@ class Decoder {
                    static_cast<uint64_t>(static_cast<uint32_t>(s.first_unit)) * unit_bytes);
   }
   __device__ void fill_keys(int pair, int unit, int to) {
-    if (unit >= to) return ring_.skip();
+    if (unit >= to) return;
     ring_.template fill<typename T::Keys>(
         2 * pair, k_ + static_cast<int64_t>(unit) * (kUnit * T::kRow),
         k_norms_ + unit * (kUnit * 2), min(kUnit, keys_left_ - unit * kUnit));
   }
   __device__ void fill_values(int pair, int unit, int to) {
-    if (unit >= to) return ring_.skip();
+    if (unit >= to) return;
     ring_.template fill<typename T::Values>(
         2 * pair + 1, v_ + static_cast<int64_t>(unit) * (kUnit * T::kRow),
         v_norms_ + unit * (kUnit * 2), min(kUnit, keys_left_ - unit * kUnit));
@@ -178,28 +201,30 @@ class Decoder {
       }
     }
 
-    // What each row sees, and the keys that all rows see: most units need no look at the rules.
-    const int before_end = p_.causal ? static_cast<int>(p_.Lq) - 1 : 0;  // keys that token 0 misses
-    const int first_token = segment.row_tile * S::kRows / task_.group;
-    const int seen_by_all = segment.length - (p_.causal ? before_end - first_token : 0);
+    // Units whose keys all rows see, and that need no softcap.
+    const int unseen = p_.causal ? static_cast<int>(p_.Lq) - 1 : 0;  // by token 0
+    const int seen_by_all =
+        segment.length - max(unseen - segment.row_tile * S::kRows / task_.group, 0);
+    const bool plain = !p_.mask && p_.softcap == 0;
+    const int plain_from = segment.start % kUnit != 0;
+    const int plain_to = plain ? max(seen_by_all, 0) / kUnit - segment.first_unit : 0;
     F::describe_rows(task_, segment);
     __syncthreads();  // for this and, the first time, for the table
 
-    const int key_at = T::Keys::offset(T::position(0, g())) + T::key_byte(0, t());
-    const int even_at = T::Values::offset(T::position(0, 2 * t())) + T::value_byte(0, g());
-    const int odd_at = T::Values::offset(T::position(0, 2 * t() + 1)) + T::value_byte(0, g());
-    const int norm_at = T::kNorms + 2 * T::position(0, g());
+    const int key_at = keep(T::Keys::offset(T::position(0, g())) + T::key_byte(0, t()));
+    const int even_at = keep(T::Values::offset(T::position(0, 2 * t())) + T::value_byte(0, g()));
+    const int odd_at = keep(T::Values::offset(T::position(0, 2 * t() + 1)) + T::value_byte(0, g()));
+    const int norm_at = keep(T::kNorms + 2 * T::position(0, g()));
     // From tile 0 to tile 1, from row r to row r + 8: as many positions for every r.
     constexpr int kTileStep = T::position(1, 0) - T::position(0, 0);
     constexpr int kHalfStep = T::position(0, 8) - T::position(0, 0);
-    const uint32_t lane4 = 4 * lane();
+    const uint32_t lane4 = keep(4 * lane());
     auto norm = [](const char* at) {
       return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(at)) << 16);
     };
 
 #pragma unroll 1
     for (int unit = segment.from + warp_; unit < segment.to; unit += S::kWarps) {
-      const int position = (segment.first_unit + unit) * kUnit;
       const int pair = turn_ % S::Slots::kAhead;
       const uint32_t round = turn_ / S::Slots::kAhead;
       const int next = unit + S::Slots::kAhead * S::kWarps;
@@ -225,7 +250,7 @@ class Decoder {
             uint32_t a[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              a[i] = Lut::levels(shared(), words[tile][i % 2][byte / 4], byte % 4 + i / 2, lane4);
+              a[i] = Table::levels(shared(), words[tile][i % 2][byte / 4], byte % 4 + i / 2, lane4);
             const int step = (chunk * T::kKeyChunk + byte) / 2;
 #pragma unroll
             for (int nt = 0; nt < kNT; ++nt) mma(s[tile][nt], a, q[step][nt].x, q[step][nt].y);
@@ -243,7 +268,6 @@ class Decoder {
             for (int c = 0; c < 2; ++c) s[tile][nt][2 * half + c] *= k_norm;
         }
       fill_keys(pair, next, segment.to);
-      if (p_.softcap != 0) soften(s, factor);
       const char* values = ring_.wait(2 * pair + 1, round);
       float v_norm[2][2];
 #pragma unroll
@@ -251,44 +275,20 @@ class Decoder {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           v_norm[tile][half] = norm(values + norm_at + 2 * (tile * kTileStep + half * kHalfStep));
-      if (p_.mask || position < segment.start || position + kUnit > seen_by_all)
-        hide(s, v_norm, position, segment.start);
+      if (unit < plain_from || unit >= plain_to) {
+        if (p_.softcap != 0) soften(s, factor);
+        hide(s, v_norm, (segment.first_unit + unit) * kUnit, segment.start);
+      }
 
       // Weights, relative to max_: raised, and done again, when they are too large.
       uint32_t weight[2][kNT][2];  // fp16, of columns 2t and 2t + 1
-      for (int attempt = 0;; ++attempt) {
-        float sum[kNT][2] = {}, largest = kNothing;
-        __half2 heaviest = as_half2(0);
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int nt = 0; nt < kNT; ++nt) {
-              float w[2];
-#pragma unroll
-              for (int c = 0; c < 2; ++c) {
-                const float x = fmaf(s[tile][nt][2 * half + c], factor[nt][c], -max_[nt][c]);
-                largest = fmaxf(largest, x);
-                const float e = exp2_fast(x);
-                sum[nt][c] += e;
-                w[c] = e * v_norm[tile][half];
-              }
-              const __half2 both = __floats2half2_rn(w[0], w[1]);
-              heaviest = __hmax2(heaviest, both);
-              weight[tile][nt][half] = as_bits(both);
-            }
-        const bool fits = largest <= -kLeastNorm + 10 && __low2float(heaviest) <= kHeadroom &&
-                          __high2float(heaviest) <= kHeadroom;
-        if (attempt == 1 || __all_sync(~0u, fits)) {
-#pragma unroll
-          for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) sum_[nt][c] += sum[nt][c];
-          break;
-        }
+      float sum[kNT][2];
+      if (!__all_sync(~0u, weigh(s, factor, v_norm, weight, sum))) {
         raise_max(s, factor, v_norm);
+        weigh(s, factor, v_norm, weight, sum);
       }
+#pragma unroll
+      for (int nt = 0; nt < kNT; ++nt) sum_[nt][0] += sum[nt][0], sum_[nt][1] += sum[nt][1];
 
       // Values. Pᵀ, the right operand of Oᵀ += Vᵀ · Pᵀ, is the transpose of what the lanes hold.
 #pragma unroll
@@ -315,16 +315,16 @@ class Decoder {
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
               const uint32_t e = even[half][i], o = odd[half][i];
-              even[half][i] = (e & 0xF0F0F0F0) | (o >> 4 & 0x0F0F0F0F);  // even coordinates
-              odd[half][i] = (e << 4 & 0xF0F0F0F0) | (o & 0x0F0F0F0F);   // odd coordinates
+              even[half][i] = select_bits(0xF0F0F0F0, e, o >> 4);  // even coordinates
+              odd[half][i] = select_bits(0xF0F0F0F0, e << 4, o);   // odd coordinates
             }
 #pragma unroll
           for (int byte = 0; byte < T::kValueChunk; ++byte) {
             uint32_t a[4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              a[2 * half] = Lut::levels(shared(), even[half][byte / 4], byte % 4, lane4);
-              a[2 * half + 1] = Lut::levels(shared(), odd[half][byte / 4], byte % 4, lane4);
+              a[2 * half] = Table::levels(shared(), even[half][byte / 4], byte % 4, lane4);
+              a[2 * half + 1] = Table::levels(shared(), odd[half][byte / 4], byte % 4, lane4);
             }
 #pragma unroll
             for (int nt = 0; nt < kNT; ++nt)
@@ -345,6 +345,37 @@ class Decoder {
           sum_[nt][c] += __shfl_xor_sync(~0u, sum_[nt][c], lanes);
   }
 
+  // The weights of a unit, times the values' norms, and their sums. Whether they are small enough.
+  __device__ bool weigh(const float (&s)[2][kNT][4], const float (&factor)[kNT][2],
+                        const float (&v_norm)[2][2], uint32_t (&weight)[2][kNT][2],
+                        float (&sum)[kNT][2]) const {
+    bool fits = true;
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt) {
+      __half2 heaviest = as_half2(0);
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float e[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            e[c] = exp2_fast(fmaf(s[tile][nt][2 * half + c], factor[nt][c], -max_[nt][c]));
+            sum[nt][c] = tile + half == 0 ? e[c] : sum[nt][c] + e[c];
+          }
+          const __half2 both =
+              __floats2half2_rn(e[0] * v_norm[tile][half], e[1] * v_norm[tile][half]);
+          heaviest = __hmax2(heaviest, both);
+          weight[tile][nt][half] = as_bits(both);
+        }
+      // Positive fp16 numbers are in the order of their bits: both halves at once against
+      // kHeadroom.
+      fits = fits && !(as_bits(heaviest) + kOverHeadroom & 0x80008000) &&
+             fmaxf(sum[nt][0], sum[nt][1]) <= kLargestSum;
+    }
+    return fits;
+  }
+
   // softcap · tanh(score / softcap), in the scores' own units (log2 over factor).
   __device__ void soften(float (&s)[2][kNT][4], const float (&factor)[kNT][2]) const {
     const float cap = p_.softcap * kLog2e, inverse = 2 / p_.softcap;
@@ -362,35 +393,37 @@ class Decoder {
       }
   }
 
-  // Hides the keys that a row may not see: by the mask, the causal rule, kv_start, kv_len.
+  // Hides the keys that a row may not see: by the mask, the causal rule, kv_start, kv_len. The norm
+  // of a key that neither of the lane's rows sees may be NaN: it becomes 0.
   __device__ void hide(float (&s)[2][kNT][4], float (&v_norm)[2][2], int position,
                        int start) const {
 #pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
+    for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const RowInfo& row = F::row_info()[8 * nt + 2 * t() + c];
+      for (int half = 0; half < 2; ++half) {
+        const int key = position + T::position(tile, g() + 8 * half);
+        bool any = false;
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile)
+        for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int key = position + T::position(tile, g() + 8 * half);
+          for (int c = 0; c < 2; ++c) {
+            const RowInfo& row = F::row_info()[8 * nt + 2 * t() + c];
             const bool seen =
                 key >= start && key < row.end && (!row.mask || row.mask[key * p_.mask.stride[3]]);
             if (!seen) s[tile][nt][2 * half + c] = -INFINITY;
-            if (key < start) v_norm[tile][half] = 0;  // what lies there may be NaN
+            any = any || seen;
           }
+        if (!any) v_norm[tile][half] = 0;
       }
   }
 
   // Raises max_ to what this unit's scores need, and scales what was summed under the old one.
   __device__ void raise_max(const float (&s)[2][kNT][4], const float (&factor)[kNT][2],
-                            float (&v_norm)[2][2]) {
+                            const float (&v_norm)[2][2]) {
     float log_norm[2][2];
     for (int tile = 0; tile < 2; ++tile)
       for (int half = 0; half < 2; ++half)
-        pin(v_norm[tile][half]),
-            log_norm[tile][half] = fmaxf(__log2f(v_norm[tile][half]), kLeastNorm);
+        log_norm[tile][half] = fmaxf(__log2f(v_norm[tile][half]), kLeastNorm);
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
@@ -490,34 +523,27 @@ class Decoder {
 };
 
 template <int D, int kNT>
-__global__ void __launch_bounds__(DecodeShape<D, kNT, kHopper>::kThreads, 1)
+__global__ void __launch_bounds__(DecodeShape<D, kNT>::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeTask task) {
-  Decoder<D, kNT, kHopper>(task).run();
+  if constexpr (kDecodes) Decoder<D, kNT>(task).run();
 }
 
 template <int D, int kNT>
 cudaError_t launch_decode_rows(const DecodeTask& task, cudaStream_t stream) {
-  using Shape = DecodeShape<D, kNT, true>;
-  static const cudaError_t error = cudaFuncSetAttribute(
-      decode_kernel<D, kNT>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes);
+  using Shape = DecodeShape<D, kNT>;
+  unsigned multiprocessors;
+  const cudaError_t error = prepare<decode_kernel<D, kNT>>(Shape::kBytes, &multiprocessors);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute beside_previous;
+  beside_previous.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside_previous.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(task.plan.blocks);
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = Shape::kBytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  if (const char* v = getenv("TQV")) {  // EXPERIMENT
-    if (v[0] == '0') config.numAttrs = 0;
-    if (v[0] == '1') config.numAttrs = 1;
-    if (v[0] == '2') config.attrs = attributes + 1, config.numAttrs = 1;
-  }
+  config.attrs = &beside_previous;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, decode_kernel<D, kNT>, task);
 }
 

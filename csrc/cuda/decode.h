@@ -37,8 +37,9 @@ struct Source {
 struct DecodeTask {
   AttentionProblem problem;
   DecodePlan plan;
+  int64_t patience;  // clocks that a block waits for others
   Source k, v, k_norms, v_norms;
-  int group;          // query heads per KV head; row r of a KV head is token r / group
+  int group;         // query heads per KV head; row r of a KV head is token r / group
   __half* q;         // [items][tile_rows][D], rotated, scaled by a power of two
   float* q_scale;    // [items][tile_rows], what makes a product of levels a score in log2 units
   float4* partials;  // [partial_slots][partial_words]

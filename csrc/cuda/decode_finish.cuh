@@ -7,8 +7,9 @@
 //      over all blocks by one of them, normalised, and published again
 //   2. each collects the whole result and rotates some tiles of 16 coordinates: out = Πᵀ · result
 // so a block reads about as much as one block's sums and one result, however many blocks there are.
-// No flags: a word is there when it is no longer kUnwritten. All blocks run at once (the launch is
-// cooperative), so waiting is safe.
+// No flags: a word is there when it is no longer kUnwritten. Normally all blocks run at once. Where
+// other work holds multiprocessors they may not, so no block waits for longer than task.patience:
+// then it does its whole item alone, and so whoever waits for it in turn.
 //
 // Code that runs once per item is kept short, in loops: at small contexts the time is instructions
 // fetched for the first time (8 clocks each, measured), not data.
@@ -24,10 +25,12 @@
 
 namespace tq::cuda {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr bool kHopper = false;
+// What these kernels need: bulk copies, and 227 KB of shared memory. Elsewhere they are empty, and
+// general.cu does their work.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+inline constexpr bool kDecodes = true;
 #else
-inline constexpr bool kHopper = true;
+inline constexpr bool kDecodes = false;
 #endif
 
 // Softmax of one row in log2 units. `max` bounds log2 of (weight · norm of the value), so that what
@@ -37,9 +40,12 @@ struct State {
   float max, sum;
 };
 
-inline constexpr float kNothing = -1e30f;     // max before any key
-inline constexpr float kHeadroom = 256.0f;    // weights may grow this much before max is raised
-inline constexpr float kLeastNorm = -100.0f;  // log2; smaller norms raise no maximum
+inline constexpr float kNothing = -1e30f;  // max before any key
+// Before max is raised, weights times norms may grow to 256, and sums of weights to 2^110, which
+// they do only where norms are tiny: log2 of a norm counts as no less than -100.
+inline constexpr uint32_t kOverHeadroom = 0x7FFF7FFF - 0x5C005C00;  // 0x5C00: 256 in fp16
+inline constexpr float kLargestSum = 0x1p110f;
+inline constexpr float kLeastNorm = -100.0f;
 inline constexpr float kLog2e = 1.4426950408889634f;
 
 // What the block needs to know of a query row.
@@ -53,39 +59,37 @@ struct RowInfo {
 };
 
 // Sizes. kNT: tiles of 8 query rows.
-template <int D, int kNT, bool kLarge>
+template <int D, int kNT>
 struct DecodeShape {
   static constexpr int kRows = 8 * kNT;
   static constexpr int kTiles = D / 16;            // of 16 coordinates
   static constexpr int kFragments = kTiles * kNT;  // of the accumulators: 16 x 8 numbers, 4 a lane
   // Accumulators take D/4 · kNT registers a lane, and 65536 registers are 16 warps of 128.
-  static constexpr int kWarps = kLarge && kNT == 1 && D <= 128 ? 16 : 8;
+  static constexpr int kWarps = kNT == 1 && D <= 128 ? 16 : 8;
   static constexpr int kThreads = 32 * kWarps;
   // Shared memory: the table, the rings, scratch of a fragment for each warp and query tile, and
-  // small things. In the holes of the table (else at the end): the result and the warps' states.
-  static constexpr int kStride = kLarge ? 256 : 128;
+  // small things. In the holes of the table: the result and the warps' sums.
+  static_assert((D + 1 + kWarps) * kRows <= 256 * 32);
   static constexpr int kScratchBytes = kWarps * kNT * 512;
-  static constexpr int kHoleBytes = kLarge ? 0 : (D + 1 + kWarps) * kRows * 4;
-  static constexpr int kFixedBytes = Table<kStride>::kBytes + kScratchBytes + kHoleBytes +
-                                     kRows * static_cast<int>(sizeof(RowInfo));
-  static constexpr int kLimit = (kLarge ? 227 : 99) * 1024;
+  static constexpr int kFixedBytes =
+      Table::kBytes + kScratchBytes + kRows * static_cast<int>(sizeof(RowInfo));
+  static constexpr int kLimit = 227 * 1024;
   static constexpr int kFit = (kLimit - kFixedBytes) / (kWarps * (Tile<D>::kBytes + 8));
   static constexpr int kSlots = kFit >= 8 ? 8 : kFit / 2 * 2;
   static_assert(kSlots >= 2);
   using Slots = Ring<D, kSlots>;
-  static constexpr int kRing = Table<kStride>::kBytes;
+  static constexpr int kRing = Table::kBytes;
   static constexpr int kScratch = kRing + kWarps * Slots::kBytes;
   static constexpr int kRowInfo = kScratch + kScratchBytes;
   static constexpr int kBarriers = kRowInfo + kRows * sizeof(RowInfo);
-  static constexpr int kExtra = kBarriers + kWarps * kSlots * 8;
-  static constexpr int kBytes = kExtra + kHoleBytes;
+  static constexpr int kBytes = kBarriers + kWarps * kSlots * 8;
   static_assert(kBytes <= kLimit);
   static_assert(kFragments * 512 <= Slots::kBytes);  // a warp's accumulators fit into its ring
 };
 
-template <int D, int kNT, bool kLarge>
+template <int D, int kNT>
 struct Finish {
-  using S = DecodeShape<D, kNT, kLarge>;
+  using S = DecodeShape<D, kNT>;
   using T = Tile<D>;
 
   static __device__ int lane() { return threadIdx.x % 32; }
@@ -99,11 +103,7 @@ struct Finish {
   }
   // Float i of what lies in the table's holes, 32 to a hole.
   static __device__ float* in_holes(int i) {
-    if constexpr (kLarge) {
-      return reinterpret_cast<float*>(shared() + i / 32 * 256 + 128) + i % 32;
-    } else {
-      return reinterpret_cast<float*>(shared() + S::kExtra) + i;
-    }
+    return reinterpret_cast<float*>(shared() + i / 32 * Table::kStride + 128) + i % 32;
   }
   // The item's result: coordinate d of query row n.
   static __device__ float* result(int d, int n) { return in_holes(d * S::kRows + n); }
@@ -180,11 +180,18 @@ struct Finish {
   }
 
   // ------------------------------------------------------------------------------------ exchange
-  static __device__ float4 await(const float4* word) {
-    float4 v;
-    do v = load_word(word);
-    while (__float_as_uint(v.x) == kUnwritten);
-    return v;
+  static __device__ bool is_written(const float4& word) {
+    return __float_as_uint(word.x) != kUnwritten;
+  }
+  // Loads a word again until it is written. False: it took too long.
+  static __device__ bool await(const DecodeTask& task, const float4* place, float4* word) {
+    if (is_written(*word)) return true;
+    const long long start = clock64();
+    do {
+      if (clock64() - start > task.patience) return false;
+      *word = load_word(place);
+    } while (!is_written(*word));
+    return true;
   }
 
   // Takes in one more part of the sums of two rows. {max, sum, max, sum}: their states.
@@ -210,13 +217,13 @@ struct Finish {
     }
   };
 
-  // Adds up all blocks' sums of this block's fragments, and publishes the results.
-  static __device__ void reduce(const DecodeTask& task, const Segment& s) {
+  // Adds up all blocks' sums of this block's fragments, and publishes the results. False: some did
+  // not come in time.
+  static __device__ bool reduce(const DecodeTask& task, const Segment& s) {
     const Team team(S::kFragments, s);
     const int rows = rows_of(task, s);
     float4* const sums = fragments() + threadIdx.x;  // [warps][32]
-    float4* const states = sums + S::kThreads;       // [warps][32]
-    __syncthreads();                                 // whoever still reads the rings
+    float2* const row_sums = reinterpret_cast<float2*>(fragments() + S::kThreads) + threadIdx.x;
 #pragma unroll 1
     for (int base = s.rank(), fragment = team.first; base < S::kFragments;
          base += team.step, fragment += team.step) {
@@ -224,61 +231,79 @@ struct Finish {
       // Lanes of columns that are no query rows have nothing to wait for.
       const bool wanted = fragment < S::kFragments && n < rows;
       float4 total = {}, all = {kNothing, 0, kNothing, 0};
+      bool in_time = true;
+      __syncthreads();  // whoever still reads what is written below
       if (wanted) {
 #pragma unroll 1
         for (int from = team.member; from < s.blocks; from += 2 * team.members) {
           // Two at a time: half the waiting.
-          const int also = from + team.members;
+          const bool both = from + team.members < s.blocks;
           const float4* const one = partial_of(task, s, from);
-          const float4* const two = partial_of(task, s, also < s.blocks ? also : from);
-          const float4 first_look = load_word(two + fragment * 32 + lane());
-          const float4 o = await(one + fragment * 32 + lane());
-          const float4 part = await(one + result_words(D, S::kRows) + n / 2);
-          merge(&total, &all, o, part);
-          if (also < s.blocks) {
-            const float4 state = await(two + result_words(D, S::kRows) + n / 2);
-            merge(&total, &all,
-                  __float_as_uint(first_look.x) == kUnwritten ? await(two + fragment * 32 + lane())
-                                                              : first_look,
-                  state);
-          }
+          const float4* const two = both ? partial_of(task, s, from + team.members) : one;
+          const float4* const places[4] = {
+              one + fragment * 32 + lane(), one + result_words(D, S::kRows) + n / 2,
+              two + fragment * 32 + lane(), two + result_words(D, S::kRows) + n / 2};
+          float4 words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) words[i] = load_word(places[i]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) in_time = in_time && await(task, places[i], &words[i]);
+          merge(&total, &all, words[0], words[1]);
+          if (both) merge(&total, &all, words[2], words[3]);
+        }
+        if (g() == 0) {
+          atomicMax(block_max(n), ordered(all.x));
+          atomicMax(block_max(n + 1), ordered(all.z));
         }
       }
-      *sums = total;
-      *states = all;
+      if (!__syncthreads_and(in_time)) return false;
+      const float most0 = from_ordered(*block_max(n)), most1 = from_ordered(*block_max(n + 1));
+      const float own0 = exp2_fast(all.x - most0), own1 = exp2_fast(all.z - most1);
+      *sums = {total.x * own0, total.y * own1, total.z * own0, total.w * own1};
+      *row_sums = {all.y * own0, all.w * own1};
       __syncthreads();
       if (wanted && team.member == 0) {
-#pragma unroll 1
-        for (int other = 1; other < team.members; ++other)
-          merge(&total, &all, sums[other * 32], states[other * 32]);
+        total = {};
+        float2 sum = {};
+#pragma unroll 4
+        for (int other = 0; other < team.members; ++other) {
+          const float4 o = sums[other * 32];
+          const float2 l = row_sums[other * 32];
+          total = {total.x + o.x, total.y + o.y, total.z + o.z, total.w + o.w};
+          sum = {sum.x + l.x, sum.y + l.y};
+        }
         const bool with_lse = fragment < kNT && g() == 0;  // one fragment of each query tile
-        const float factor0 = row_factor(task, row_info()[n], {all.x, all.y}, with_lse);
+        const float factor0 = row_factor(task, row_info()[n], {most0, sum.x}, with_lse);
         const float factor1 =
-            row_factor(task, row_info()[n + 1], {all.z, all.w}, with_lse && n + 1 < rows);
+            row_factor(task, row_info()[n + 1], {most1, sum.y}, with_lse && n + 1 < rows);
         store_word(result_of(task, s) + fragment * 32 + lane(),
                    {total.x * factor0, total.y * factor1, total.z * factor0, total.w * factor1});
       }
-      __syncthreads();
     }
+    return true;
   }
 
-  // Brings together the result of an item that other blocks have parts of.
-  static __device__ void collect(const DecodeTask& task, const Segment& s) {
+  // Brings together the result of an item that other blocks have parts of. False: some of it did
+  // not come in time.
+  static __device__ bool collect(const DecodeTask& task, const Segment& s) {
+    bool in_time = true;
     const int rows = rows_of(task, s);
 #pragma unroll 2
     for (int f = threadIdx.x / 32; f < S::kFragments; f += S::kWarps) {
       const int n = 8 * (f % kNT) + 2 * t(), d = coordinate(f);
       if (n >= rows) continue;
-      const float4 v = await(result_of(task, s) + f * 32 + lane());
+      float4 v;
+      do v = load_word(result_of(task, s) + f * 32 + lane());
+      while (!is_written(v));
       *reinterpret_cast<float2*>(result(d, n)) = {v.x, v.y};
       *reinterpret_cast<float2*>(result(d + 1, n)) = {v.z, v.w};
     }
-    __syncthreads();
+    return __syncthreads_and(in_time);
   }
 
   // outᵀ = Πᵀ · result, tiles of 16 coordinates dealt to the item's blocks. Three tf32 products of
-  // the numbers' high and low parts make one of 21 bits.
-  static __device__ void rotate(const DecodeTask& task, const Segment& s) {
+  // the numbers' high and low parts make one of 21 bits. False: the result did not come in time.
+  static __device__ bool rotate(const DecodeTask& task, const Segment& s) {
     const AttentionProblem& p = task.problem;
     const Team team(S::kTiles, s);
     const int rows = rows_of(task, s);
@@ -291,22 +316,19 @@ struct Finish {
       constexpr int kAtOnce = 4;
 #pragma unroll 1
       for (int step = team.member; step < D / 8 || !collected; step += kAtOnce * team.members) {
-        float a[kAtOnce][4];
+        float a[kAtOnce][4] = {};
+        const float* pi = p.rotation + (8 * step + t()) * D + 16 * tile + g();
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int d = 8 * (step + i * team.members) + t();
-          const float* pi = p.rotation + d * D + 16 * tile + g();
-          const bool inside = tile < S::kTiles && d < D;
-          a[i][0] = inside ? pi[0] : 0;
-          a[i][1] = inside ? pi[8] : 0;
-          a[i][2] = inside ? pi[4 * D] : 0;
-          a[i][3] = inside ? pi[4 * D + 8] : 0;
+        for (int i = 0; i < kAtOnce; ++i, pi += 8 * D * team.members) {
+          if (tile >= S::kTiles || step + i * team.members >= D / 8) break;
+          a[i][0] = pi[0], a[i][1] = pi[8], a[i][2] = pi[4 * D], a[i][3] = pi[4 * D + 8];
         }
-        if (!collected) collect(task, s);
+        if (!collected && !collect(task, s)) return false;
         collected = true;
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          const int d = 8 * min(step + i * team.members, D / 8 - 1) + t();
+          if (step + i * team.members >= D / 8) break;
+          const int d = 8 * (step + i * team.members) + t();
           float low[4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) low[j] = a[i][j] - tf32(a[i][j]);
@@ -340,6 +362,7 @@ struct Finish {
       }
       __syncthreads();
     }
+    return true;
   }
 
   // The part of a number that tf32 keeps.

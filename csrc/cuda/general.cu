@@ -3,7 +3,7 @@
 //
 // The G·Lq rows of a KV head (row i·G + g) are cut into tiles of R = 1, 4, 8 or 16 rows, so that a
 // key is decoded once for R rows. Rounds of a bounded number of tiles bound the workspace:
-//   rotate   8 rows x 32 coordinates a block: q^ = rotation · q, to the workspace
+//   rotate   q^ = scale · rotation · q, to the workspace (general_rotate.cu)
 //   attend   grid (tile, split), 128 threads: leaves max, sum and undivided output of each split
 //   merge    a row a block: adds up the splits in order, the sink, divides; in place of q^
 //   rotate   back, by the transpose, to the output
@@ -16,7 +16,9 @@
 //   softmax     a warp a row, two keys a lane; leaves exp(score - max) · value norm
 //   accumulate  a thread takes 4 coordinates of every 128·4/D-th key
 // The next K arrives during softmax and accumulate, V during score. Numbers are added up in short
-// chains (8 coordinates; 64 keys), whose totals are added up in turn: nearly a tree's accuracy.
+// chains (8 coordinates; 64 keys), whose totals are added up in turn: nearly a tree's accuracy. The
+// last steps of a score, its four parts and the norm, are computed in two floats: the larger a
+// score, the more its rounding errors weigh.
 //
 // Shared memory of attend: q^ 4·R·D bytes, scores 1 KB·R, weights 256·R, K and V 64·(D + 8); 16 KB
 // for R = 4, D = 128. Cost per coordinate of a key: one lookup in 16 floats (no bank conflicts),
@@ -25,94 +27,13 @@
 
 #include <algorithm>
 
-#include "../softmax.h"
-#include "device/element.cuh"
-#include "kernels.h"
+#include "general.cuh"
 
 namespace tq::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kKeys = 64;        // at a time
-constexpr int kWord = 8;         // coordinates in four bytes
-constexpr int kRotateRows = 8;   // of a block
-constexpr int kBlocksPerSm = 4;  // few tiles are split into about so many blocks, all resident
-constexpr int kMaxSplits = 256;  // bounds the time of a merge
-constexpr int kTilesPerSm = 8;   // in a round
-
-// How the problem is cut, by the sizes of the query alone; and the workspace of a round, which does
-// the tiles [first, first + count): row r of the t-th has slot t·R + r.
-struct Plan {
-  int rows;    // of a tile: R
-  int width;   // D rounded up to whole words
-  int span;    // threads that fetch one key: a power of two
-  int splits;  // of a tile, at most
-  int64_t group, rows_per_head, tiles_per_head, tiles, tiles_per_round;
-  int64_t first = 0, count = 0;
-  bool k_words = false, v_words = false;  // whether packed vectors can be read in words
-  float* q = nullptr;                     // [slots][width]: rotated query, 0 beyond D; then output
-  float* output = nullptr;                // [tiles][splits][rows][width], not divided by the sum
-  SoftmaxState* state = nullptr;          // [tiles][splits][rows]
-
-  Plan(const AttentionProblem& p, int multiprocessors) {
-    group = p.Hq / p.Hkv;
-    rows_per_head = group * p.Lq;
-    rows = rows_per_head <= 1 ? 1 : rows_per_head <= 4 ? 4 : rows_per_head <= 8 ? 8 : 16;
-    width = static_cast<int>((p.D + kWord - 1) / kWord * kWord);
-    for (span = 1; span < std::min(32, width / kWord);) span *= 2;
-    tiles_per_head = (rows_per_head + rows - 1) / rows;
-    tiles = p.B * p.Hkv * tiles_per_head;
-    splits = static_cast<int>(std::clamp<int64_t>(
-        kBlocksPerSm * multiprocessors / std::max<int64_t>(1, tiles), 1, kMaxSplits));
-    tiles_per_round = std::min<int64_t>(tiles, kTilesPerSm * multiprocessors);
-  }
-  int64_t round_slots() const { return tiles_per_round * rows; }
-  int64_t round_floats() const { return round_slots() * (width + splits * (width + 2)); }
-
-  __device__ int64_t part(int64_t tile, int split, int row) const {
-    return (tile * splits + split) * rows + row;
-  }
-};
-
-// A tile of the round.
-struct Tile {
-  int64_t b, h, first;  // batch row, KV head, first row of the head
-  int rows;             // that exist
-
-  __device__ Tile(const AttentionProblem& p, const Plan& plan, int64_t index) {
-    const int64_t head = (plan.first + index) / plan.tiles_per_head;
-    b = head / p.Hkv;
-    h = head % p.Hkv;
-    first = (plan.first + index) % plan.tiles_per_head * plan.rows;
-    rows = static_cast<int>(min(int64_t{plan.rows}, plan.rows_per_head - first));
-  }
-  __device__ int64_t token(const Plan& plan, int row) const { return (first + row) / plan.group; }
-  __device__ int64_t query_head(const Plan& plan, int row) const {
-    return h * plan.group + (first + row) % plan.group;
-  }
-};
-
-// A token of batch row b sees keys below this.
-__device__ int64_t key_limit(const AttentionProblem& p, int64_t b, int64_t token) {
-  const int64_t length = p.length(b);
-  return p.causal ? max(int64_t{0}, length - p.Lq + token + 1) : length;
-}
-
-// What a tile sees, cut into splits of a multiple of kKeys.
-struct Keys {
-  int64_t begin, end, per_split;
-  int splits;
-
-  __device__ Keys(const AttentionProblem& p, const Plan& plan, const Tile& tile) {
-    end = key_limit(p, tile.b, tile.token(plan, tile.rows - 1));  // the last row sees the most
-    begin = min(p.start(tile.b), end);
-    const int64_t pieces = (end - begin + kKeys - 1) / kKeys;
-    const int64_t per = max(int64_t{1}, (pieces + plan.splits - 1) / plan.splits);
-    per_split = per * kKeys;
-    splits = static_cast<int>((pieces + per - 1) / per);
-  }
-};
 
 __device__ float warp_max(float x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lanes));
@@ -145,55 +66,6 @@ struct Groups {
   }
 };
 
-// q^ = rotation · query, or out = rotationᵀ · what merge left. A warp a row, a lane a coordinate.
-template <bool back>
-__global__ void __launch_bounds__(32 * kRotateRows)
-    rotate_kernel(const AttentionProblem p, const Plan plan) {
-  constexpr int kChunk = 64;  // coordinates of the input at a time
-  __shared__ float x[kRotateRows][kMaxDim];
-  __shared__ float matrix[kChunk][33];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = static_cast<int>(p.D);
-  const int first_output = blockIdx.y * 32, output = first_output + lane;
-  const int64_t slot = int64_t{blockIdx.x} * kRotateRows + warp;
-  const Tile tile(p, plan, slot / plan.rows);
-  const int row = static_cast<int>(slot % plan.rows);
-  const bool has_slot = slot < plan.count * plan.rows, exists = has_slot && row < tile.rows;
-  const int64_t place =
-      offset_of(back ? p.out : p.query, tile.b, tile.query_head(plan, row), tile.token(plan, row));
-  float* rotated = plan.q + slot * plan.width;
-  for (int d = lane; d < (D + kChunk - 1) / kChunk * kChunk; d += 32) {
-    const bool inside = exists && d < D;
-    if constexpr (back)
-      x[warp][d] = inside ? rotated[d] : 0;
-    else
-      x[warp][d] = inside ? load_element(p.query, place + d * p.query.stride[3]) : 0;
-  }
-
-  float sum = 0;
-  for (int first = 0; first < D; first += kChunk) {
-    __syncthreads();
-#pragma unroll
-    for (int at = threadIdx.x; at < 32 * kChunk; at += 32 * kRotateRows) {  // as they are stored
-      const int i = back ? at % 32 : at / kChunk, j = back ? at / 32 : at % kChunk;
-      const int to = first_output + i, from = first + j;
-      const bool inside = to < D && from < D;
-      matrix[j][i] = inside ? p.rotation[back ? from * D + to : to * D + from] : 0;
-    }
-    __syncthreads();
-    float chunk = 0;
-#pragma unroll
-    for (int j = 0; j < kChunk; j += 8) {
-      float part = 0;
-#pragma unroll
-      for (int i = j; i < j + 8; ++i) part = fmaf(matrix[i][lane], x[warp][first + i], part);
-      chunk += part;
-    }
-    sum += chunk;
-  }
-  if (!back && has_slot && output < plan.width) rotated[output] = sum;
-  if (back && exists && output < D) store_element(p.out, place + output * p.out.stride[3], sum);
-}
-
 // Bytes of shared memory; the arrays are named in the kernel.
 int attend_bytes(int rows, int width) {
   const int quads = (rows + 3) / 4;
@@ -216,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, R == 16 ? 3 : 4)
   uint32_t* v = k + kKeys * pitch;                                         // [kKeys][pitch]
   __shared__ float4 exchange[kThreads];
   __shared__ float table[kLevels];
-  __shared__ float norms[2][kKeys];  // of the keys, times the scale; of the values
+  __shared__ float norms[2][kKeys];  // of the keys; of the values
   __shared__ float correction[R];    // of the sums so far
   __shared__ int limit[R];           // a row sees keys of this split below this
   __shared__ const uint8_t* mask[R];
@@ -254,8 +126,7 @@ __global__ void __launch_bounds__(kThreads, R == 16 ? 3 : 4)
   const auto fetch_norm = [&](int start) {
     const int key = start + tid % kKeys;
     if (key >= count) return 0.0f;
-    const float norm = load_element(norm_view, offset_of(norm_view, tile.b, tile.h, begin + key));
-    return side == 0 ? norm * p.scale : norm;
+    return load_element(norm_view, offset_of(norm_view, tile.b, tile.h, begin + key));
   };
   const auto level = [&](uint32_t bytes, int i) {  // of coordinate i of 8
     const auto byte = static_cast<uint8_t>(bytes >> i / 2 * 8);
@@ -306,14 +177,19 @@ __global__ void __launch_bounds__(kThreads, R == 16 ? 3 : 4)
     for (int j = 0; j < kRowsPerWarp; ++j) {
       const int row = warp + j * kWarps;
       if (row >= R) break;
-      float s[2];
+      float s[2], rest[2];  // a score is s + rest
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         constexpr int kNext = R * kKeys;
         const float* part = scores + row * kKeys + lane + n * 32;
-        s[n] = (part[0] + part[kNext]) + (part[2 * kNext] + part[3 * kNext]);
-        s[n] *= norms[0][lane + n * 32];
+        const float norm = norms[0][lane + n * 32];
+        float lost[3];
+        const float total = add(add(part[0], part[kNext], &lost[0]),
+                                add(part[2 * kNext], part[3 * kNext], &lost[1]), &lost[2]);
+        s[n] = __fmul_rn(total, norm);
+        rest[n] = fmaf(lost[0] + lost[1] + lost[2], norm, fmaf(total, norm, -s[n]));
         if (p.softcap != 0) s[n] = p.softcap * tanhf(s[n] / p.softcap);
+        if (p.softcap != 0 || !(fabsf(s[n]) < INFINITY)) rest[n] = 0;
         if (!(seen >> (2 * j + n) & 1)) s[n] = -INFINITY;
       }
       const float largest = fmaxf(state[j].max, warp_max(fmaxf(s[0], s[1])));
@@ -323,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, R == 16 ? 3 : 4)
       for (int n = 0; n < 2; ++n) {
         const int key = lane + n * 32;
         const bool sees = seen >> (2 * j + n) & 1;  // selected: what is unseen may be NaN
-        const float weight = sees ? expf(s[n] - largest) : 0;
+        const float weight = sees ? expf(s[n] - largest + rest[n]) : 0;
         reinterpret_cast<float*>(weights + row / 4 * kKeys + key)[row % 4] =
             sees ? weight * norms[1][key] : 0;
         sum += weight;
@@ -457,15 +333,15 @@ template <int R>
 void launch_attend(const AttentionProblem& p, const Plan& plan, cudaStream_t stream) {
   const int bytes = attend_bytes(R, plan.width);
   if (bytes > 40 * 1024)  // with the static arrays it may be more than a kernel has unasked
-    cudaFuncSetAttribute(attend_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    // The most that any problem needs: another thread may be about to launch a larger one.
+    cudaFuncSetAttribute(attend_kernel<R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         attend_bytes(R, kMaxDim));
   const dim3 grid(blocks(plan.count, 1), std::min<unsigned>(plan.splits, blocks(p.Lkv, kKeys)));
   attend_kernel<R><<<grid, kThreads, bytes, stream>>>(p, plan);
 }
 
 void launch_round(const AttentionProblem& p, const Plan& plan, cudaStream_t stream) {
-  const int64_t slots = plan.count * plan.rows;
-  const dim3 grid(blocks(slots, kRotateRows), blocks(plan.width, 32));
-  rotate_kernel<false><<<grid, 32 * kRotateRows, 0, stream>>>(p, plan);
+  launch_rotate_to(p, plan, stream);
   if (p.Lkv > 0) {
     switch (plan.rows) {
       case 1: launch_attend<1>(p, plan, stream); break;
@@ -474,8 +350,8 @@ void launch_round(const AttentionProblem& p, const Plan& plan, cudaStream_t stre
       default: launch_attend<16>(p, plan, stream);
     }
   }
-  merge_kernel<<<blocks(slots, 1), kThreads, 0, stream>>>(p, plan);
-  rotate_kernel<true><<<grid, 32 * kRotateRows, 0, stream>>>(p, plan);
+  merge_kernel<<<blocks(plan.count * plan.rows, 1), kThreads, 0, stream>>>(p, plan);
+  launch_rotate_back(p, plan, stream);
 }
 
 bool readable_in_words(const View& packed, int64_t D) {

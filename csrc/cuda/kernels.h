@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "../problem.h"
 
 namespace tq::cuda {
@@ -16,6 +18,9 @@ cudaError_t launch_decompress(const DecompressProblem& problem, cudaStream_t str
 int64_t attention_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
 cudaError_t launch_attention(const AttentionProblem& problem, void* workspace, int multiprocessors,
                              cudaStream_t stream);
+
+// Clocks that a decode block waits for others before it does their work too. Tests change it.
+extern std::atomic<int64_t> decode_patience;
 
 // Attention of any shape. The workspace is bounded: its size does not depend on Lkv.
 int64_t general_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes

@@ -89,9 +89,9 @@ void run_attention(const AttentionProblem& problem, const Tensor& query, const c
   const OnDevice device(query);
   const int64_t bytes = attention_workspace(problem, device.multiprocessors());
   const Tensor workspace = device.workspace(bytes);
-  device.check(launch_attention(problem, workspace.data_ptr(), device.multiprocessors(),
-                                device.stream()),
-               op);
+  device.check(
+      launch_attention(problem, workspace.data_ptr(), device.multiprocessors(), device.stream()),
+      op);
 }
 
 Tensor sdpa_op(const Tensor& query, const Tensor& k_packed, const Tensor& k_norms,
@@ -118,8 +118,19 @@ std::tuple<Tensor, Tensor> attention_op(
   return {checked.outputs[0], checked.outputs[1]};
 }
 
+int64_t patience_op(std::optional<int64_t> use) {
+  if (use) decode_patience = *use;
+  return decode_patience;
+}
+
 }  // namespace
 }  // namespace tq::cuda
+
+// Private, for tests.
+STABLE_TORCH_LIBRARY_FRAGMENT(turboquant, m) { m.def("_cuda_patience(int? use=None) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(turboquant, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_patience", TORCH_BOX(&tq::cuda::patience_op));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CUDA, m) {
   m.impl("compress", TORCH_BOX(&tq::cuda::compress_op));

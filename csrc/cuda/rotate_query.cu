@@ -3,8 +3,8 @@
 //
 // A block takes 16 rows x 8 coordinates; its 4 warps split the sum over D. Products are exact tf32
 // ones: 16-bit queries are tf32 numbers, and Π goes in two parts, which together hold 21 bits. All
-// loads of a warp are in flight at once, since the time is nothing but latency: one look at Π and q,
-// about 1.5 µs, during which the decode kernel starts.
+// loads of a warp are in flight at once, since the time is nothing but latency: one look at Π and
+// q, about 1.5 µs, during which the decode kernel starts.
 #include "decode.h"
 #include "device/element.cuh"
 #include "device/ptx.cuh"
@@ -30,7 +30,8 @@ __device__ float2 to_floats(uint32_t pair, Dtype dtype) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(32 * kWarps) rotate_kernel(const __grid_constant__ DecodeTask task) {
+__global__ void __launch_bounds__(32 * kWarps)
+    rotate_kernel(const __grid_constant__ DecodeTask task) {
   allow_next_kernel();
   const AttentionProblem& p = task.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(32 * kWarps) rotate_kernel(const __grid_consta
       static_cast<int64_t>(task.plan.partial_slots) * partial_words(D, task.plan.tile_rows) +
       static_cast<int64_t>(task.plan.blocks) * result_words(D, task.plan.tile_rows);
   const float unwritten = __uint_as_float(kUnwritten);
-  for (int64_t i = (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * blockDim.x +
-                   threadIdx.x;
+  for (int64_t i =
+           (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
        i < words; i += static_cast<int64_t>(gridDim.x) * gridDim.y * blockDim.x)
     task.partials[i] = {unwritten, unwritten, unwritten, unwritten};  // results follow partials
 
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(32 * kWarps) rotate_kernel(const __grid_consta
     float x[2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 a = to_floats(q[i][half].x, query.dtype), b = to_floats(q[i][half].y, query.dtype);
+      const float2 a = to_floats(q[i][half].x, query.dtype),
+                   b = to_floats(q[i][half].y, query.dtype);
       x[half][0] = a.x, x[half][1] = a.y, x[half][2] = b.x, x[half][3] = b.y;
 #pragma unroll
       for (int j = 0; j < 4; ++j) largest[half] = fmaxf(largest[half], fabsf(x[half][j]));
@@ -121,15 +123,14 @@ __global__ void __launch_bounds__(32 * kWarps) rotate_kernel(const __grid_consta
   }
   // The power of two that brings the largest coordinate of q to [1, 2): then those of q̂ are at most
   // 2 √D, far inside fp16, and about 1.
-  const int exponent =
-      min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -120), 120);
+  const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -120), 120);
   const float down = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
   const float up = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
   const int64_t head = row / rows_per_head;
   const int in_head = static_cast<int>(row % rows_per_head);
-  const int64_t at = (head * task.plan.row_tiles + in_head / task.plan.tile_rows) *
-                         task.plan.tile_rows +
-                     in_head % task.plan.tile_rows;
+  const int64_t at =
+      (head * task.plan.row_tiles + in_head / task.plan.tile_rows) * task.plan.tile_rows +
+      in_head % task.plan.tile_rows;
   task.q[at * D + blockIdx.y * kColumns + column] =
       __float2half(p.scale < 0 ? -sum * down : sum * down);
   // Positive, so that a hidden score of -inf stays what it is.

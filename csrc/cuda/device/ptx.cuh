@@ -29,8 +29,33 @@ __device__ inline const char* uniform(const char* p) {
   return reinterpret_cast<const char*>(high << 32 | low);
 }
 
-// Keeps the compiler from computing ahead what depends on x.
-__device__ inline void pin(float& x) { asm volatile("" : "+f"(x)); }
+// Hides where x comes from, so that it is kept in a register and not computed again.
+__device__ inline int keep(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Bits of a where the mask has ones, of b elsewhere.
+__device__ inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(c) : "r"(a), "r"(b), "r"(mask));
+  return c;
+}
+
+// True in one lane of a warp that is all together; the compiler knows that it is one.
+__device__ inline bool elect_one() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
 
 // ------------------------------------------------------------------------------- matrix products
 // c += a · b, "mma.m16n8k16" and "mma.m16n8k8" in the PTX ISA. With g = lane / 4 and t = lane % 4:
@@ -70,7 +95,8 @@ __device__ inline uint32_t shared_address(const void* p) {
 }
 
 // ----------------------------------------------------------------------------- asynchronous copies
-// Hopper and later: a copy engine that fills shared memory and counts the bytes on a barrier.
+// Hopper and later: a copy engine that fills shared memory and counts the bytes on a barrier. Only
+// declared for older architectures, whose kernels do not use it.
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -115,24 +141,17 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
       "l"(from), "r"(bytes), "r"(barrier), "l"(0x12F0000000000000)
       : "memory");
 }
+#else
+__device__ void barrier_init(uint32_t barrier, uint32_t arrivals);
+__device__ void barrier_init_fence();
+__device__ void barrier_expect(uint32_t barrier, uint32_t bytes);
+__device__ void barrier_wait(uint32_t barrier, uint32_t parity);
+__device__ void fence_before_copies();
+__device__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 #endif
 
-// Older: each lane copies 16 bytes at a time, in groups that complete in order.
-
-__device__ inline void copy16_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until no more than `kPending` groups are under way.
-template <int kPending>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// ------------------------------------------------------------------- kernels that follow each
-// other Programmatic dependent launch: the next kernel may start now; wait for the one before.
+// ------------------------------------------------------------------ kernels one after the other
+// Programmatic dependent launch: the next kernel may start now; wait for the one before.
 
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -146,8 +165,8 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-// ------------------------------------------------------------- words that other blocks read or
-// write 16 bytes that are seen all or not at all: one scalar in the memory model (PTX ISA, ld and
+// -------------------------------------------------------------- words that blocks exchange
+// 16 bytes that are seen all or not at all: one scalar in the memory model (PTX ISA, ld and
 // st, .b128).
 
 __device__ inline float4 load_word(const float4* p) {

@@ -1,9 +1,7 @@
 // A warp's own ring of shared-memory slots that asynchronous copies fill ahead of it. Keys and
 // values of a unit alternate: slot 0 keys, slot 1 values, slot 2 keys of the next unit, ... No
-// other warp touches it, so a warp never waits for another.
-//
-// Hopper: bulk copies, a barrier per slot. Older: every lane copies 16 bytes at a time; each fill
-// is a group, and groups complete in order.
+// other warp touches it, so a warp never waits for another. A slot is filled by bulk
+// copies, which count their bytes on its barrier.
 #pragma once
 
 #include "ptx.cuh"
@@ -22,13 +20,11 @@ class Ring {
   // `slots`, `barriers` (8 bytes each): this warp's. All lanes of the warp together, as below.
   __device__ Ring(char* slots, char* barriers)
       : slots_(slots), barriers_(shared_address(barriers)) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < kSlots; ++i) barrier_init(barriers_ + 8 * i, 1);
       barrier_init_fence();
     }
     __syncwarp();
-#endif
   }
 
   // Starts to fill slot `slot` with the first `count` positions of a unit; the norms of the others
@@ -42,20 +38,9 @@ class Ring {
       fill_part<Layout>(slot, rows, norms, count);
   }
 
-  // Nothing to fill the next slot with: keeps the count of older architectures' groups.
-  __device__ void skip() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    copies_commit();
-#endif
-  }
-
   // Slot `slot`, once it is full for the `round`-th time.
   __device__ const char* wait(int slot, uint32_t round) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     barrier_wait(barriers_ + 8 * slot, round & 1);
-#else
-    copies_wait<kSlots - 1>();
-#endif
     __syncwarp();
     return slots_ + slot * T::kBytes;
   }
@@ -81,8 +66,7 @@ class Ring {
   template <class Layout>
   __device__ void copy(int slot, const char* rows, const char* norms, int bytes, int norm_bytes) {
     const uint32_t to = shared_address(slots_) + slot * T::kBytes;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0) {
+    if (elect_one()) {
       const uint32_t barrier = barriers_ + 8 * slot;
       barrier_expect(barrier, bytes + norm_bytes);
 #pragma unroll
@@ -93,13 +77,6 @@ class Ring {
       }
       if (norm_bytes > 0) copy_bulk(to + T::kNorms, norms, norm_bytes, barrier);
     }
-#else
-    const int lane = threadIdx.x % 32;
-    for (int byte = lane * 16; byte < bytes; byte += 32 * 16)
-      copy16_async(to + byte + byte / (Layout::kRows * T::kRow) * Layout::kShift, rows + byte);
-    if (lane * 16 < norm_bytes) copy16_async(to + T::kNorms + lane * 16, norms + lane * 16);
-    copies_commit();
-#endif
   }
 
   char* slots_;

@@ -1,10 +1,9 @@
 // The codebook in shared memory: byte -> the fp16 levels of its two nibbles, the high one first.
 //
 // 256 words, each repeated for the 32 lanes of a warp, so that every lane reads its own bank
-// whatever the bytes are. On Hopper a word's row is 256 bytes apart from the next: then one byte
-// permutation makes the address (the byte becomes bits 8 to 15, the lane bits 2 to 6). The unused
-// half of each row, a "hole" of 128 bytes, holds other things. Older architectures have less shared
-// memory: rows of 128 bytes, two instructions, no holes.
+// whatever the bytes are. A word's row is 256 bytes apart from the next: then one byte permutation
+// makes the address (the byte becomes bits 8 to 15, the lane bits 2 to 6). The unused half of each
+// row, a "hole" of 128 bytes, holds other things.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -15,8 +14,8 @@
 
 namespace tq::cuda {
 
-template <int kStride>  // 256 or 128
 struct Table {
+  static constexpr int kStride = 256;
   static constexpr int kBytes = 256 * kStride;
 
   // All threads of the block. `level`: of number threadIdx.x % 16.
@@ -33,12 +32,7 @@ struct Table {
 
   // The levels of byte `which` of a word. `lane4`: 4 · lane.
   static __device__ uint32_t levels(const char* table, uint32_t word, int which, uint32_t lane4) {
-    uint32_t at;
-    if constexpr (kStride == 256) {
-      at = __byte_perm(word, lane4, 0x7604 | which << 4);  // bytes: lane4, the byte, 0, 0
-    } else {
-      at = ((which ? word >> (8 * which - 7) : word << 7) & 255 << 7) | lane4;
-    }
+    const uint32_t at = __byte_perm(word, lane4, 0x7604 | which << 4);  // lane4, the byte, 0, 0
     return *reinterpret_cast<const uint32_t*>(table + at);
   }
 };
