@@ -3,25 +3,22 @@
 // What a block does. The schedule (device/schedule.cuh) gives each block a piece of the keys of one
 // or more items (KV heads). Its warps take units of 32 keys in turn, each by itself:
 //
-//   ring of bulk copies -> K unit   Sᵀ[32 keys x rows] = K · q̂ᵀ      16 keys x 16 coordinates a
-//   step
-//                          scores, weights P in registers, online softmax
-//                       -> V unit   Oᵀ[D x rows]      += Vᵀ · Pᵀ     16 coordinates x 16 keys a
-//                       step
+//   bulk copies -> K unit   Sᵀ[32 keys x rows] = K · q̂ᵀ     steps of 16 keys x 16 coordinates
+//                  scores, weights P in registers, online softmax
+//               -> V unit   Oᵀ[D x rows]      += Vᵀ · Pᵀ    steps of 16 coordinates x 16 keys
 //
 // A 4-bit coordinate becomes an fp16 level by a look-up: one byte, two coordinates, half a fragment
 // register (device/table.cuh). For V two rows' nibbles are first brought together in a byte, which
 // transposes them. Keys and queries are both in the rotated space, so K needs no rotation; O is
 // rotated back at the end.
 //
-// Then the warps' sums are added in shared memory; blocks that share an item exchange theirs
-// through global memory: each adds up some tiles of all partials, publishes the result, collects
-// all results and rotates some columns. No flags: a word is there when it is no longer kUnwritten.
-// All blocks run at once (the launch is cooperative), so waiting for each other is safe.
+// Then the warps' sums are added in shared memory, and blocks that share an item exchange theirs
+// (decode_finish.cuh).
 //
-// Shared memory: table 64 KB (holes: states and results), ring 128 KB, merge buffer 16 or 32 KB.
-// Cost per 32 keys of D = 128, in passes of shared memory: 128 look-ups, 32 loads of bytes, 8 to 12
-// of norms; about 420 instructions a warp, 1.65 per coordinate. At 132 SMs the copies bind first.
+// Shared memory: table 64 KB (holes: states and results), rings 128 KB.
+// Cost per 32 keys of D = 128, in passes of shared memory: 128 look-ups, 32 loads of bytes, 8 of
+// norms; about 520 instructions a warp, 2 per coordinate, of which 128 permutations and 32
+// products. With 128 multiprocessors at work that is just faster than memory delivers.
 #pragma once
 
 #include "decode_finish.cuh"

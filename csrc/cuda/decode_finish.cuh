@@ -41,11 +41,12 @@ struct State {
 };
 
 inline constexpr float kNothing = -1e30f;  // max before any key
-// Before max is raised, weights times norms may grow to 256, and sums of weights to 2^110, which
-// they do only where norms are tiny: log2 of a norm counts as no less than -100.
+// Before max is raised, weights times norms may grow to 256, and sums of weights to 2^90, which
+// they do only where norms are tiny: log2 of a norm counts as no less than -80. (Were it less, a
+// large norm after a tiny one could raise max by more than the exponents of float32 hold.)
 inline constexpr uint32_t kOverHeadroom = 0x7FFF7FFF - 0x5C005C00;  // 0x5C00: 256 in fp16
-inline constexpr float kLargestSum = 0x1p110f;
-inline constexpr float kLeastNorm = -100.0f;
+inline constexpr float kLargestSum = 0x1p90f;
+inline constexpr float kLeastNorm = -80.0f;
 inline constexpr float kLog2e = 1.4426950408889634f;
 
 // What the block needs to know of a query row.
@@ -153,7 +154,7 @@ struct Finish {
     const AttentionProblem& p = task.problem;
     const int n = threadIdx.x;
     if (n >= S::kRows) return;
-    RowInfo info = {nullptr, 0, 0, s.length, 1, kNothing};
+    RowInfo info = {nullptr, 0, 0, 0, 1, kNothing};  // of no row: sees nothing
     if (n < rows_of(task, s)) {
       const int row = s.row_tile * S::kRows + n, token = p.Lq == 1 ? 0 : row / task.group;
       const int head = s.h * task.group + row - token * task.group;
@@ -161,6 +162,7 @@ struct Finish {
         info.mask = static_cast<const bool*>(p.mask.data) + offset_of(p.mask, s.b, 0, token);
       info.out = offset_of(p.out, s.b, head, token);
       info.lse = (s.b * static_cast<int>(p.Hq) + head) * static_cast<int>(p.Lq) + token;
+      info.end = s.length;
       if (p.causal) info.end = s.length - static_cast<int>(p.Lq) + 1 + token;
       if (p.sinks) info.sink = load_element(p.sinks, head * p.sinks.stride[1]) * kLog2e;
     }
@@ -292,9 +294,9 @@ struct Finish {
     for (int f = threadIdx.x / 32; f < S::kFragments; f += S::kWarps) {
       const int n = 8 * (f % kNT) + 2 * t(), d = coordinate(f);
       if (n >= rows) continue;
-      float4 v;
-      do v = load_word(result_of(task, s) + f * 32 + lane());
-      while (!is_written(v));
+      const float4* const place = result_of(task, s) + f * 32 + lane();
+      float4 v = load_word(place);
+      in_time = in_time && await(task, place, &v);
       *reinterpret_cast<float2*>(result(d, n)) = {v.x, v.y};
       *reinterpret_cast<float2*>(result(d + 1, n)) = {v.z, v.w};
     }

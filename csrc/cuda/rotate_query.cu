@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(32 * kWarps)
       in_head % task.plan.tile_rows;
   task.q[at * D + blockIdx.y * kColumns + column] =
       __float2half(p.scale < 0 ? -sum * down : sum * down);
-  // Positive, so that a hidden score of -inf stays what it is.
+  // Positive, so that a hidden score of -inf stays what it is, and 1 over it is finite.
   if (blockIdx.y == 0 && column == 0)
     task.q_scale[at] = fmaxf(
         fabsf(p.scale) * up * (1.4426950408889634f / (sqrtf(static_cast<float>(D)) * kLevelScale)),
-        1e-37f);
+        1e-30f);
 }
 
 template <int D>

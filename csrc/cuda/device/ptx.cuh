@@ -1,5 +1,5 @@
 // The machine's instructions that C++ has no words for, one function each. PTX ISA sections are
-// named where a layout matters. Nothing else in the project contains assembly.
+// named where a layout matters. (What only the codec uses is in codec_mma.cuh.)
 #pragma once
 
 #include <cuda_fp16.h>
@@ -149,6 +149,20 @@ __device__ void barrier_wait(uint32_t barrier, uint32_t parity);
 __device__ void fence_before_copies();
 __device__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 #endif
+
+// Every lane copies 16 bytes at a time, in groups that complete in order.
+
+__device__ inline void copy16_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until no more than `kPending` groups are under way.
+template <int kPending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // ------------------------------------------------------------------ kernels one after the other
 // Programmatic dependent launch: the next kernel may start now; wait for the one before.

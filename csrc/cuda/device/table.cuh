@@ -22,11 +22,12 @@ struct Table {
   static __device__ void fill(char* table, __half level) {
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const uint32_t bits = __half_as_ushort(level);
-#pragma unroll 2
-    for (int byte = threadIdx.x / 32; byte < 256; byte += warps) {
+    // Four words at a time: eight lanes write the 32 repetitions of one.
+    for (int first = threadIdx.x / 32 * 4; first < 256; first += 4 * warps) {
+      const int byte = first + lane / 8;
       const uint32_t high = __shfl_sync(~0u, bits, byte >> 4);
-      const uint32_t low = __shfl_sync(~0u, bits, byte & 15);
-      *reinterpret_cast<uint32_t*>(table + byte * kStride + lane * 4) = high | low << 16;
+      const uint32_t word = high | __shfl_sync(~0u, bits, byte & 15) << 16;
+      *reinterpret_cast<uint4*>(table + byte * kStride + lane % 8 * 16) = {word, word, word, word};
     }
   }
 
