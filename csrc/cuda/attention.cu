@@ -6,7 +6,9 @@
 
 namespace tq::cuda {
 
-std::atomic<int64_t> decode_patience = 400'000;  // 0.2 ms: longer than any block is late by itself
+// 10 ms. Other work that holds multiprocessors is gone by then; two decode kernels that hold each
+// other's are not. (What a block does alone it adds up in another order: other last bits.)
+std::atomic<int64_t> decode_patience = 20'000'000;
 
 namespace {
 
