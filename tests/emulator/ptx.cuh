@@ -1,0 +1,83 @@
+// The emulator's stand-in for csrc/cuda/device/ptx.cuh: the same functions, without assembly.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace tq::cuda {
+
+inline float exp2_fast(float x) { return emu::ftz(exp2f(emu::ftz(x))); }
+inline uint32_t as_bits(__half2 x) { return emu::bits<uint32_t>(x); }
+inline __half2 as_half2(uint32_t x) { return emu::bits<__half2>(x); }
+
+// Checks that it is the same in all lanes.
+inline __attribute__((always_inline)) int uniform(int x) {
+  const uint32_t any = __reduce_or_sync(~0u, static_cast<uint32_t>(x)), all = __reduce_and_sync(~0u, static_cast<uint32_t>(x));
+  if (any != all) emu::warning("uniform(): %d, but not in all lanes", x);
+  return static_cast<int>(any);
+}
+inline const char* uniform(const char* p) {
+  const auto bits = reinterpret_cast<uint64_t>(p);
+  const uint64_t low = static_cast<uint32_t>(uniform(static_cast<int>(bits)));
+  const uint64_t high = static_cast<uint32_t>(uniform(static_cast<int>(bits >> 32)));
+  return reinterpret_cast<const char*>(high << 32 | low);
+}
+inline void pin(float&) {}
+inline int keep(int x) { return x; }
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+// The machine always elects the same lane, but which one is not specified.
+inline __attribute__((always_inline)) bool elect_one() {
+  __syncwarp();
+#if __CUDA_ARCH__ >= 900
+  return emu::lane() == 13;
+#else
+  return emu::lane() == 0;
+#endif
+}
+
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emu::mma_f16(c, a, b0, b1); }
+inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) { emu::mma_tf32(c, a, b0, b1); }
+inline uint32_t transpose8x8(uint32_t x) { return emu::transpose8x8(x); }
+
+inline uint32_t shared_address(const void* p) { return emu::shared_offset(p); }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emu::mbarrier_init(barrier, arrivals); }
+inline void barrier_init_fence() {}
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emu::mbarrier_arrive(barrier, 1, bytes); }
+inline void barrier_wait(uint32_t barrier, uint32_t parity) { emu::mbarrier_wait(barrier, parity); }
+inline uint64_t evict_first() { return 0x12F0000000000000ull; }
+inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  emu::copy_bulk(to, from, bytes, barrier);
+}
+inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {  // as it was
+  if (policy != evict_first()) emu::error("copy_bulk: the cache policy %llx is none", (unsigned long long)policy);
+  emu::copy_bulk(to, from, bytes, barrier);
+}
+#endif
+
+inline void copy16_async(uint32_t to, const void* from) { emu::copy_async(to, from, 16); }
+inline void copies_commit() { emu::copies_commit(); }
+template <int kPending>
+inline void copies_wait() { emu::copies_wait(kPending); }
+
+inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() {}
+
+inline void fence_before_copies() {}
+
+inline float4 load_word(const float4* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emu::error("load_word: %p is not aligned to 16", p);
+  emu::poll();
+  return *p;
+}
+inline void store_word(float4* p, float4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emu::error("store_word: %p is not aligned to 16", p);
+  *p = v;
+  emu::touch();
+}
+inline float4 load_relaxed(const float4* p) { return load_word(p); }  // as they were called
+inline void store_relaxed(float4* p, float4 v) { store_word(p, v); }
+
+}  // namespace tq::cuda
