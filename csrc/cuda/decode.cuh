@@ -71,7 +71,6 @@ class Decoder {
 #pragma unroll 1
       for (;;) {
         if (done.blocks > 0) merge_warps(done);
-        fence_before_copies();
         if (s.blocks > 0) start_copies(s);
         if (first) {
           Table::fill(shared(),
@@ -96,7 +95,7 @@ class Decoder {
         if (part.blocks < 2) continue;
         __syncthreads();  // whoever still reads the rows of the pass before
         F::describe_rows(task_, part);
-        // Whoever waited too long does the whole item alone: see kPatience.
+        // Whoever waited too long does the whole item alone (decode_finish.cuh).
         if (!(pass < 2 ? F::reduce(task_, part) : F::rotate(task_, part)))
           part = alone(part);
         else if (pass >= 2)
@@ -105,6 +104,8 @@ class Decoder {
       Segment& next = parts[parts[0].blocks == 0];
       s = known_uniform(next);
       next.blocks = 0;
+      fence_before_copies();  // the rings held what was exchanged
+      __syncthreads();
     } while (s.blocks > 0);
   }
 
@@ -503,6 +504,7 @@ class Decoder {
         store_word(partial + result_words(D, S::kRows) + n / 2,
                    {all.max, all.sum, next.max, next.sum});
     }
+    fence_before_copies();  // the rings held the sums
     __syncthreads();
   }
 
