@@ -2,9 +2,8 @@
 // block's sums to the output.
 //
 // Blocks that share an item exchange through global memory in two steps:
-//   1. each publishes its sums. Fragment f of the accumulators (16 coordinates x 8 rows) is added
-//   up
-//      over all blocks by one of them, normalised, and published again
+//   1. each publishes its sums; a fragment of the accumulators (16 coordinates x 8 rows) is added
+//      up over all blocks by one of them, normalised, and published again
 //   2. each collects the whole result and rotates some tiles of 16 coordinates: out = Πᵀ · result
 // so a block reads about as much as one block's sums and one result, however many blocks there are.
 // No flags: a word is there when it is no longer kUnwritten. Normally all blocks run at once. Where

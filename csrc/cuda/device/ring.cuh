@@ -1,7 +1,7 @@
 // A warp's own ring of shared-memory slots that asynchronous copies fill ahead of it. Keys and
 // values of a unit alternate: slot 0 keys, slot 1 values, slot 2 keys of the next unit, ... No
-// other warp touches it, so a warp never waits for another. A slot is filled by bulk
-// copies, which count their bytes on its barrier.
+// other warp copies into it, so a warp never waits for another. A slot is filled by bulk copies,
+// which count their bytes on its barrier.
 #pragma once
 
 #include "ptx.cuh"
