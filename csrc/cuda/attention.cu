@@ -1,4 +1,5 @@
 // Which kernel takes an attention problem, and the memory it works in.
+#include <algorithm>
 #include <atomic>
 
 #include "decode.h"
@@ -24,19 +25,21 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
   const int most_rows = p.D <= 128 ? 32 : p.D <= 256 ? 16 : 8;
   plan.tile_rows = rows <= 8 ? 8 : rows <= 16 && most_rows >= 16 ? 16 : most_rows;
   plan.row_tiles = round_up(rows, plan.tile_rows);
+  plan.row_pairs = static_cast<int>(std::min<int64_t>(rows + 1, plan.tile_rows) / 2);
   plan.items = static_cast<int>(p.B * p.Hkv * plan.row_tiles);
 
   plan.blocks_per_item = most >= plan.items ? most / plan.items : 1;
   plan.items_per_block = round_up(plan.items, most);
   plan.blocks = plan.items_per_block > 1 ? round_up(plan.items, plan.items_per_block)
                                          : plan.items * plan.blocks_per_item;
-  plan.partial_slots = plan.blocks;
+  if (plan.blocks_per_item > 1) plan.partial_slots = plan.blocks, plan.result_slots = plan.items;
   const bool equal = p.B == 1 || ((!p.kv_len || p.kv_len.stride[0] == 0) &&
                                   (!p.kv_start || p.kv_start.stride[0] == 0));
   if (!equal || 10 * plan.blocks < 9 * most) {
     plan.blocks_per_item = plan.items_per_block = 0;
     plan.blocks = most;
     plan.partial_slots = 2 * plan.blocks;
+    plan.result_slots = plan.blocks;
   }
 
   // A block with less than a unit for each of its 16 warps costs more in the exchange than it
@@ -64,8 +67,13 @@ bool device_decodes() {
   return here == 2;
 }
 
-// The tuned kernels read packed rows, and bf16 norms, that follow each other, 16 bytes at a time.
+// The tuned kernels read packed rows, and bf16 norms, that follow each other, 16 bytes at a time,
+// and queries 8 bytes at a time.
 bool is_decode(const AttentionProblem& p) {
+  const int64_t (&step)[4] = p.query.stride;
+  const bool query = p.query.dtype != Dtype::f32 && step[3] == 1 &&
+                     (step[0] | step[1] | step[2]) % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(p.query.data) % 8 == 0;
   const auto streams = [&](const View& packed, const View& norms) {
     return packed.stride[3] == 1 && (packed.stride[2] == p.D / 2 || p.Lkv <= 1) &&
            packed.stride[1] % 16 == 0 && packed.stride[0] % 16 == 0 &&
@@ -84,7 +92,7 @@ bool is_decode(const AttentionProblem& p) {
     case 512: break;
     default: return false;
   }
-  return device_decodes() && p.query.dtype != Dtype::f32 && streams(p.k_packed, p.k_norms) &&
+  return device_decodes() && query && streams(p.k_packed, p.k_norms) &&
          streams(p.v_packed, p.v_norms) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0 &&
          p.Lkv < (int64_t{1} << 30) && p.B * p.Hkv * p.Lkv / 32 + p.B * p.Hq * p.Lq < INT32_MAX / 4;
 }
@@ -94,19 +102,18 @@ int64_t lay_out(DecodeTask* task, char* memory) {
   const AttentionProblem& p = task->problem;
   const DecodePlan& plan = task->plan;
   const int64_t rows = static_cast<int64_t>(plan.items) * plan.tile_rows;
-  const int dim = static_cast<int>(p.D);
   int64_t size = 0;
   const auto take = [&](int64_t bytes) {
     char* const part = memory + size;
     size += (bytes + 15) / 16 * 16;
     return part;
   };
-  task->q = reinterpret_cast<__half*>(take(rows * p.D * sizeof(__half)));
-  task->q_scale = reinterpret_cast<float*>(take(rows * sizeof(float)));
-  task->partials = reinterpret_cast<float4*>(take(
-      int64_t{plan.partial_slots} * partial_words(dim, plan.tile_rows) * int64_t{sizeof(float4)}));
-  task->results = reinterpret_cast<float4*>(
-      take(int64_t{plan.blocks} * result_words(dim, plan.tile_rows) * int64_t{sizeof(float4)}));
+  task->q = reinterpret_cast<__half*>(
+      take(rows * query_stride(static_cast<int>(p.D)) * int64_t{sizeof(__half)}));
+  task->partials = reinterpret_cast<float4*>(take(exchange_words(*task) * int64_t{sizeof(float4)}));
+  task->results =
+      task->partials + static_cast<int64_t>(plan.partial_slots) *
+                           (result_words(static_cast<int>(p.D), plan.row_pairs) + plan.row_pairs);
   return size;
 }
 

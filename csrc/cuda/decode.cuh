@@ -15,9 +15,9 @@
 // Then the warps' sums are added in shared memory, and blocks that share an item exchange theirs
 // (decode_finish.cuh).
 //
-// Shared memory: table 64 KB (holes: states and results), rings 128 KB.
+// Shared memory: table 64 KB, rings 128 KB, the rest 6 to 20 KB.
 // Cost per 32 keys of D = 128, in passes of shared memory: 128 look-ups, 32 loads of bytes, 8 of
-// norms; about 520 instructions a warp, 2 per coordinate, of which 128 permutations and 32
+// norms; about 540 instructions a warp, 2 per coordinate, of which 128 permutations and 32
 // products. With 128 multiprocessors at work that is just faster than memory delivers.
 #pragma once
 
@@ -43,7 +43,7 @@ __device__ inline void load_chunk(const char* from, uint32_t* words) {
   }
 }
 
-// One thread's view of a running decode kernel.
+// One thread's view of a segment at work.
 template <int D, int kNT>
 class Decoder {
   using F = Finish<D, kNT>;
@@ -51,121 +51,187 @@ class Decoder {
   using T = Tile<D>;
 
  public:
-  __device__ explicit Decoder(const DecodeTask& task)
-      : task_(task),
-        p_(task.problem),
-        warp_(uniform(threadIdx.x / 32)),
-        ring_(shared() + S::kRing + warp_ * S::Slots::kBytes,
-              shared() + S::kBarriers + warp_ * S::kSlots * 8) {}
-
-  __device__ void run() {
-    // Asked for before the copies, behind which it would have to queue.
-    const float centroid = p_.centroids[threadIdx.x % 16];
-    Segment s = segment_at(task_, ~0u);
-    if (s.blocks == 0) return;
-    Segment done, parts[2];  // parts: the first and the last segment, if other blocks have a share
-    done.blocks = parts[0].blocks = parts[1].blocks = 0;
+  // The kernel. What its blocks do on a segment is described in one of three places of shared
+  // memory. The block's first segment stays in place 0, since other blocks may have parts of its
+  // item; the others take places 1 and 2 in turn.
+  static __device__ void run(const DecodeTask& task) {
+    // One warp finds out what to do, the others fill the table.
+    if (threadIdx.x < 32) {
+      const Segment s = segment_at(task, kFirst);
+      if (threadIdx.x == 0) F::describe(task, s, F::work(0));
+    } else {
+      Table::fill(shared(), task.problem.centroids, sqrtf(static_cast<float>(D)) * kLevelScale);
+      if (threadIdx.x == 32) F::describe(task);
+    }
+    Warp().ring.init();
+    __syncthreads();
+    if (F::work(0)->blocks == 0) return;
+    uint32_t turn = 0;  // units that went through this warp's ring
+    int place = 0, last = 0, to_rotate = -1;
     bool first = true;
 #pragma unroll 1
-    do {
-#pragma unroll 1
-      for (;;) {
-        if (done.blocks > 0) merge_warps(done);
-        if (s.blocks > 0) start_copies(s);
-        if (first) {
-          Table::fill(shared(),
-                      __float2half(centroid * (sqrtf(static_cast<float>(D)) * kLevelScale)));
-          wait_for_previous_kernel();  // the rotated queries, the exchange's words
-        }
-        if (s.blocks > 0) start_more_copies(s);
-        if (done.blocks == 1) F::rotate(task_, done);
-        if (s.blocks == 0) break;
-        attend(s);
-        if (!s.whole()) parts[first ? 0 : 1] = s;
-        first = false;
-        done = s;
-        s = segment_at(task_, s.next);
-      }
-      if (parts[0].blocks + parts[1].blocks == 0) return;
-      done.blocks = 0;
-      // No block waits before all its sums are out, nor does anyone wait for a rotation.
-#pragma unroll 1
-      for (int pass = 0; pass < 4; ++pass) {
-        Segment& part = parts[pass % 2];
-        if (part.blocks < 2) continue;
-        __syncthreads();  // whoever still reads the rows of the pass before
-        F::describe_rows(task_, part);
-        // Whoever waited too long does the whole item alone (decode_finish.cuh).
-        if (!(pass < 2 ? F::reduce(task_, part) : F::rotate(task_, part)))
-          part = alone(part);
-        else if (pass >= 2)
-          part.blocks = 0;
-      }
-      Segment& next = parts[parts[0].blocks == 0];
-      s = known_uniform(next);
-      next.blocks = 0;
-      fence_before_copies();  // the rings held what was exchanged
+    for (;;) {
+      // The copies of a segment run during the rotation of the one before.
+      const Work& w = *F::work(place);
+      copy_ahead(w, turn, 0, 1);
+      if (to_rotate >= 0) F::finish(to_rotate, F::kRotate, true);
+      if (first) wait_for_previous_kernel();  // the rotated queries, the exchange's words
+      begin(place, turn);
       __syncthreads();
-    } while (s.blocks > 0);
+      turn = attend(place, turn);
+      first = false;
+
+      to_rotate = w.whole() ? place : -1;
+      const bool more = w.next != kNone && next_segment(task, place);
+      if (to_rotate >= 0 || more) {
+        fence_before_copies();  // the rings held the sums
+        __syncthreads();
+      }
+      if (more) {
+        place = last = place == 1 ? 2 : 1;
+        continue;
+      }
+      if (to_rotate >= 0) F::finish(place, F::kRotate, true);
+      // Whoever waits too long for other blocks does the whole item alone (decode_finish.cuh).
+      const int late = uniform(exchange(last, place));
+      if (late < 0) return;
+      if (threadIdx.x == 0) make_alone(F::work(late));
+      place = late, to_rotate = -1;
+      fence_before_copies();
+      __syncthreads();
+    }
   }
 
  private:
-  static __device__ int lane() { return F::lane(); }
-  static __device__ int g() { return F::g(); }
-  static __device__ int t() { return F::t(); }
   static __device__ char* shared() { return F::shared(); }
 
+  // A warp's number and its ring, known to be the same in all lanes (see uniform()).
+  struct Warp {
+    int number;
+    Ring<D, S::kSlots> ring;
+
+    __device__ Warp()
+        : number(uniform(Thread().warp)),
+          ring(shared() + S::kRing + number * S::Slots::kBytes,
+               shared() + S::kBarriers + number * S::kSlots * 8) {}
+  };
+
+  // What there is to do for a segment while its first units are under way.
+  static __device__ void begin(int place, uint32_t turn) {
+    const Work& w = *F::work(place);
+    const typename F::Queries queries = F::load_queries(w);
+    F::describe_rows(w);
+    // Issuing copies is slow while many are under way: only the first unit's came before.
+    copy_ahead(w, uniform(turn), 1, S::Slots::kAhead);
+    F::keep_queries(queries);
+  }
+
+  // Describes the segment after the one in `place` where the next one belongs. Whether there is
+  // one.
+  static __device__ bool next_segment(const DecodeTask& task, int place) {
+    Work* const next = F::work(place == 1 ? 2 : 1);
+    if (threadIdx.x < 32) {
+      const Segment s = segment_at(task, F::work(place)->next);
+      if (threadIdx.x == 0) F::describe(task, s, next);
+    }
+    __syncthreads();
+    return next->blocks > 0;
+  }
+
+  // Brings the segments of whose items other blocks have parts, the first and the last one, to an
+  // end with those blocks. Returns the place of one with whom that takes too long, or -1.
+  // `described`: the place of the one whose rows are described.
+  static __device__ int exchange(int last, int described) {
+    if (last == 0) {
+      if (F::work(0)->whole()) return -1;
+      return F::finish(0, F::kReduce | F::kCollect | F::kRotate, true) ? -1 : 0;
+    }
+    bool in_time = true, other_in_time = true;
+    int late = -1;
+    // No block waits before all its sums are out, nor does anyone wait for a rotation.
+#pragma unroll 1
+    for (int pass = 0; pass < 4; ++pass) {
+      const int place = pass % 2 == 0 ? 0 : last;
+      if (F::work(place)->blocks > 1) {
+        if (place != described) {
+          __syncthreads();  // whoever still reads the rows
+          F::describe_rows(*F::work(place));
+          described = place;
+          __syncthreads();
+        }
+        if (pass < 2) {
+          in_time = F::finish(place, F::kReduce, true);
+        } else if (!F::finish(place, F::kCollect | F::kRotate, in_time)) {
+          late = place;
+        } else {
+          __syncthreads();  // whoever still reads it
+          if (threadIdx.x == 0) F::work(place)->blocks = 1;
+        }
+      }
+      const bool swap = in_time;
+      in_time = other_in_time, other_in_time = swap;
+    }
+    return late;
+  }
+
   // All of a segment's item for this block.
-  static __device__ Segment alone(Segment s) {
-    s.next = ~1u;  // of nobody
-    s.from = 0, s.to = static_cast<int>(divide_up(s.length, kUnit)) - s.first_unit;
-    s.first_block = blockIdx.x, s.blocks = 1;
-    return s;
+  static __device__ void make_alone(Work* w) {
+    w->next = kNone;
+    w->from = 0, w->to = static_cast<int>(divide_up(w->length, kUnit)) - w->first_unit;
+    w->first_block = w->rank = 0, w->blocks = 1, w->team = F::team_of(1);
   }
 
   // -------------------------------------------------------------------------------- the copies
   // Unit n of this warp in a segment is unit from + warp + n · warps of the item. The ring is ahead
-  // by kAhead units and empty between segments; turn_ counts the units that went through it.
-  __device__ void start_copies(const Segment& s) {
-    k_ = unit_of(task_.k, s, kUnit * T::kRow), v_ = unit_of(task_.v, s, kUnit * T::kRow);
-    k_norms_ = unit_of(task_.k_norms, s, kUnit * 2),
-    v_norms_ = unit_of(task_.v_norms, s, kUnit * 2);
-    keys_left_ = s.length - s.first_unit * kUnit;
-    copy_ahead(s, 0, 1);
-  }
-  // Issuing copies is slow while many are under way: only the first unit's come before other work.
-  __device__ void start_more_copies(const Segment& s) { copy_ahead(s, 1, S::Slots::kAhead); }
-  __device__ void copy_ahead(const Segment& s, int from, int to) {
+  // by kAhead units and empty between segments; `turn` counts the units that went through it.
+  static __device__ void copy_ahead(const Work& w, uint32_t turn, int from, int to) {
+    Warp warp;
+    const int first = uniform(w.from) + warp.number, end = uniform(w.to),
+              keys = uniform(keys_of(w));
 #pragma unroll 1
     for (int i = from; i < to; ++i) {
-      const int unit = s.from + warp_ + i * S::kWarps;
-      const int pair = (turn_ + i) % S::Slots::kAhead;
-      fill_keys(pair, unit, s.to);
-      fill_values(pair, unit, s.to);
+      const int unit = first + i * S::kWarps, pair = (turn + i) % S::Slots::kAhead;
+      fill<0>(warp.ring, w, pair, unit, end, keys);
+      fill<1>(warp.ring, w, pair, unit, end, keys);
     }
   }
-  static __device__ const char* unit_of(const Source& source, const Segment& s, int unit_bytes) {
-    return uniform(source.data +
-                   16 * (static_cast<uint64_t>(source.batch_row) * static_cast<uint32_t>(s.b) +
-                         static_cast<uint64_t>(source.head) * static_cast<uint32_t>(s.h)) +
-                   static_cast<uint64_t>(static_cast<uint32_t>(s.first_unit)) * unit_bytes);
-  }
-  __device__ void fill_keys(int pair, int unit, int to) {
-    if (unit >= to) return;
-    ring_.template fill<typename T::Keys>(
-        2 * pair, k_ + static_cast<int64_t>(unit) * (kUnit * T::kRow),
-        k_norms_ + unit * (kUnit * 2), min(kUnit, keys_left_ - unit * kUnit));
-  }
-  __device__ void fill_values(int pair, int unit, int to) {
-    if (unit >= to) return;
-    ring_.template fill<typename T::Values>(
-        2 * pair + 1, v_ + static_cast<int64_t>(unit) * (kUnit * T::kRow),
-        v_norms_ + unit * (kUnit * 2), min(kUnit, keys_left_ - unit * kUnit));
+  // From the first unit on.
+  static __device__ int keys_of(const Work& w) { return w.length - w.first_unit * kUnit; }
+  // Keys or values of a unit, unless it is none of the segment.
+  template <int kValues>
+  static __device__ void fill(Ring<D, S::kSlots>& ring, const Work& w, int pair, int unit, int end,
+                              int keys) {
+    if (unit < end)
+      ring.template fill<kValues>(2 * pair + kValues, w.units[kValues], unit,
+                                  min(kUnit, keys - unit * kUnit));
   }
 
   // --------------------------------------------------------------------------------- attention
-  // This warp's share of a segment, into o_, max_ and sum_.
-  __device__ void attend(const Segment& segment) {
+  // This warp's share of a segment, added to the others'. A function of its own, so that its loop
+  // has the registers to itself. Returns the ring's next turn.
+  static __device__ __noinline__ uint32_t attend(int place, uint32_t turn) {
+    const Work& w = *F::work(place);
+    Decoder warp;
+    warp.load_queries();
+    turn = warp.add_units(w, uniform(turn));
+    allow_next_kernel();
+    warp.merge_warps(w);
+    return turn;
+  }
+
+  __device__ void load_queries() {
+    const Thread me;
+#pragma unroll
+    for (int nt = 0; nt < kNT; ++nt) {
+#pragma unroll
+      for (int j = 0; j < S::kQuerySteps; ++j) q_[j][nt] = F::query(j, nt)[me.lane];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) factor_[nt][c] = *F::query_scale(8 * nt + 2 * me.t + c);
+    }
+  }
+
+  // The units of a segment that are this warp's, into o_, max_ and sum_.
+  __device__ uint32_t add_units(const Work& w, uint32_t turn) {
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
@@ -177,59 +243,33 @@ class Decoder {
 #pragma unroll
         for (int c = 0; c < 4; ++c) o_[i][nt][c] = 0;
 
-    // Rotated queries, the right operand of Sᵀ = K · q̂ᵀ: step j takes the coordinates of bytes 2j
-    // and 2j + 1 of the lane's quarter.
-    const int rows = F::rows_of(task_, segment);
-    const int64_t first_row = static_cast<int64_t>(segment.item) * S::kRows;
-    uint2 q[S::kTiles][kNT];
-    float factor[kNT][2];
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt) {
-      const int n = 8 * nt + g();
-      const __half* row = task_.q + (first_row + n) * D;
-#pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) {
-        const int byte = T::key_byte(2 * j / T::kKeyChunk, t()) + 2 * j % T::kKeyChunk;
-        q[j][nt] = n < rows ? *reinterpret_cast<const uint2*>(row + 2 * byte) : uint2{0, 0};
-      }
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int column = 8 * nt + 2 * t() + c;
-        factor[nt][c] = column < rows ? task_.q_scale[first_row + column] : 1;
-      }
-    }
-
-    // Units whose keys all rows see, and that need no softcap.
-    const int unseen = p_.causal ? static_cast<int>(p_.Lq) - 1 : 0;  // by token 0
-    const int seen_by_all =
-        segment.length - max(unseen - segment.row_tile * S::kRows / task_.group, 0);
-    const bool plain = !p_.mask && p_.softcap == 0;
-    const int plain_from = segment.start % kUnit != 0;
-    const int plain_to = plain ? max(seen_by_all, 0) / kUnit - segment.first_unit : 0;
-    F::describe_rows(task_, segment);
-    __syncthreads();  // for this and, the first time, for the table
-
-    const int key_at = keep(T::Keys::offset(T::position(0, g())) + T::key_byte(0, t()));
-    const int even_at = keep(T::Values::offset(T::position(0, 2 * t())) + T::value_byte(0, g()));
-    const int odd_at = keep(T::Values::offset(T::position(0, 2 * t() + 1)) + T::value_byte(0, g()));
-    const int norm_at = keep(T::kNorms + 2 * T::position(0, g()));
+    const Thread me;
+    const int key_at = keep(T::Keys::offset(T::position(0, me.g)) + T::key_byte(0, me.t));
+    const int even_at = keep(T::Values::offset(T::position(0, 2 * me.t)) + T::value_byte(0, me.g));
+    const int odd_at =
+        keep(T::Values::offset(T::position(0, 2 * me.t + 1)) + T::value_byte(0, me.g));
+    const int norm_at = keep(T::kNorms + 2 * T::position(0, me.g));
     // From tile 0 to tile 1, from row r to row r + 8: as many positions for every r.
     constexpr int kTileStep = T::position(1, 0) - T::position(0, 0);
     constexpr int kHalfStep = T::position(0, 8) - T::position(0, 0);
-    const uint32_t lane4 = keep(4 * lane());
+    const uint32_t lane4 = keep(4 * me.lane);
+    const uint32_t table = uniform(static_cast<int>(shared_address(shared())));
     auto norm = [](const char* at) {
       return __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(at)) << 16);
     };
 
+    Warp warp;
+    const int keys_here = uniform(keys_of(w)), end = uniform(w.to);
+    const int plain_from = uniform(w.plain_from), plain_to = uniform(w.plain_to);
 #pragma unroll 1
-    for (int unit = segment.from + warp_; unit < segment.to; unit += S::kWarps) {
-      const int pair = turn_ % S::Slots::kAhead;
-      const uint32_t round = turn_ / S::Slots::kAhead;
+    for (int unit = uniform(w.from) + warp.number; unit < end; unit += S::kWarps) {
+      const int pair = turn % S::Slots::kAhead;
+      const uint32_t round = turn / S::Slots::kAhead;
       const int next = unit + S::Slots::kAhead * S::kWarps;
 
       // Scores.
       float s[2][kNT][4] = {};
-      const char* keys = ring_.wait(2 * pair, round);
+      const char* keys = warp.ring.wait(2 * pair, round);
 #pragma unroll
       for (int chunk = 0; chunk < T::kQuarter / T::kKeyChunk; ++chunk) {
         uint32_t words[2][2][(T::kKeyChunk + 3) / 4];
@@ -248,10 +288,14 @@ class Decoder {
             uint32_t a[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              a[i] = Table::levels(shared(), words[tile][i % 2][byte / 4], byte % 4 + i / 2, lane4);
+              a[i] = Table::levels(table, words[tile][i % 2][byte / 4], byte % 4 + i / 2, lane4);
             const int step = (chunk * T::kKeyChunk + byte) / 2;
 #pragma unroll
-            for (int nt = 0; nt < kNT; ++nt) mma(s[tile][nt], a, q[step][nt].x, q[step][nt].y);
+            for (int nt = 0; nt < kNT; ++nt) {
+              const uint2 q = step < S::kQuerySteps ? q_[step % S::kQuerySteps][nt]
+                                                    : F::query(step, nt)[me.lane];
+              mma(s[tile][nt], a, q.x, q.y);
+            }
           }
       }
       // Rows g and g + 8 of both tiles: scores in log2 units, up to the row's factor.
@@ -265,8 +309,8 @@ class Decoder {
 #pragma unroll
             for (int c = 0; c < 2; ++c) s[tile][nt][2 * half + c] *= k_norm;
         }
-      fill_keys(pair, next, segment.to);
-      const char* values = ring_.wait(2 * pair + 1, round);
+      fill<0>(warp.ring, w, pair, next, end, keys_here);
+      const char* values = warp.ring.wait(2 * pair + 1, round);
       float v_norm[2][2];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
@@ -274,16 +318,16 @@ class Decoder {
         for (int half = 0; half < 2; ++half)
           v_norm[tile][half] = norm(values + norm_at + 2 * (tile * kTileStep + half * kHalfStep));
       if (unit < plain_from || unit >= plain_to) {
-        if (p_.softcap != 0) soften(s, factor);
-        hide(s, v_norm, (segment.first_unit + unit) * kUnit, segment.start);
+        if (F::frame()->softcap != 0) soften(s);
+        hide(s, v_norm, (w.first_unit + unit) * kUnit, w.start);
       }
 
       // Weights, relative to max_: raised, and done again, when they are too large.
       uint32_t weight[2][kNT][2];  // fp16, of columns 2t and 2t + 1
       float sum[kNT][2];
-      if (!__all_sync(~0u, weigh(s, factor, v_norm, weight, sum))) {
-        raise_max(s, factor, v_norm);
-        weigh(s, factor, v_norm, weight, sum);
+      if (!__all_sync(~0u, weigh(s, v_norm, weight, sum))) {
+        raise_max(s, v_norm);
+        weigh(s, v_norm, weight, sum);
       }
 #pragma unroll
       for (int nt = 0; nt < kNT; ++nt) sum_[nt][0] += sum[nt][0], sum_[nt][1] += sum[nt][1];
@@ -321,8 +365,8 @@ class Decoder {
             uint32_t a[4];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              a[2 * half] = Table::levels(shared(), even[half][byte / 4], byte % 4, lane4);
-              a[2 * half + 1] = Table::levels(shared(), odd[half][byte / 4], byte % 4, lane4);
+              a[2 * half] = Table::levels(table, even[half][byte / 4], byte % 4, lane4);
+              a[2 * half + 1] = Table::levels(table, odd[half][byte / 4], byte % 4, lane4);
             }
 #pragma unroll
             for (int nt = 0; nt < kNT; ++nt)
@@ -330,23 +374,15 @@ class Decoder {
           }
         }
       }
-      fill_values(pair, next, segment.to);
-      ++turn_;
+      fill<1>(warp.ring, w, pair, next, end, keys_here);
+      ++turn;
     }
-    // Sums are each lane's own so far; max_ is the same in all lanes of a column.
-#pragma unroll
-    for (int nt = 0; nt < kNT; ++nt)
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2)
-          sum_[nt][c] += __shfl_xor_sync(~0u, sum_[nt][c], lanes);
+    return turn;
   }
 
   // The weights of a unit, times the values' norms, and their sums. Whether they are small enough.
-  __device__ bool weigh(const float (&s)[2][kNT][4], const float (&factor)[kNT][2],
-                        const float (&v_norm)[2][2], uint32_t (&weight)[2][kNT][2],
-                        float (&sum)[kNT][2]) const {
+  __device__ bool weigh(const float (&s)[2][kNT][4], const float (&v_norm)[2][2],
+                        uint32_t (&weight)[2][kNT][2], float (&sum)[kNT][2]) const {
     bool fits = true;
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
@@ -358,7 +394,7 @@ class Decoder {
           float e[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            e[c] = exp2_fast(fmaf(s[tile][nt][2 * half + c], factor[nt][c], -max_[nt][c]));
+            e[c] = exp2_fast(fmaf(s[tile][nt][2 * half + c], factor_[nt][c], -max_[nt][c]));
             sum[nt][c] = tile + half == 0 ? e[c] : sum[nt][c] + e[c];
           }
           const __half2 both =
@@ -375,17 +411,17 @@ class Decoder {
   }
 
   // softcap · tanh(score / softcap), in the scores' own units (log2 over factor).
-  __device__ void soften(float (&s)[2][kNT][4], const float (&factor)[kNT][2]) const {
-    const float cap = p_.softcap * kLog2e, inverse = 2 / p_.softcap;
+  __device__ void soften(float (&s)[2][kNT][4]) const {
+    const float softcap = F::frame()->softcap, cap = softcap * kLog2e, inverse = 2 / softcap;
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const float back = __fdividef(cap, factor[nt][c % 2]);
+        const float back = __fdividef(cap, factor_[nt][c % 2]);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
           // tanh z = 1 - 2 / (1 + exp 2z); the exponent is in log2 units already.
-          const float e = exp2_fast(s[tile][nt][c] * factor[nt][c % 2] * inverse);
+          const float e = exp2_fast(s[tile][nt][c] * factor_[nt][c % 2] * inverse);
           s[tile][nt][c] = back * (1 - __fdividef(2, 1 + e));
         }
       }
@@ -395,19 +431,20 @@ class Decoder {
   // of a key that neither of the lane's rows sees may be NaN: it becomes 0.
   __device__ void hide(float (&s)[2][kNT][4], float (&v_norm)[2][2], int position,
                        int start) const {
+    const Thread me;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int key = position + T::position(tile, g() + 8 * half);
+        const int key = position + T::position(tile, me.g + 8 * half);
         bool any = false;
 #pragma unroll
         for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const RowInfo& row = F::row_info()[8 * nt + 2 * t() + c];
-            const bool seen =
-                key >= start && key < row.end && (!row.mask || row.mask[key * p_.mask.stride[3]]);
+            const RowInfo& row = F::row_info()[8 * nt + 2 * me.t + c];
+            const bool seen = key >= start && key < row.end &&
+                              (!row.mask || row.mask[key * F::frame()->mask.stride[3]]);
             if (!seen) s[tile][nt][2 * half + c] = -INFINITY;
             any = any || seen;
           }
@@ -416,8 +453,7 @@ class Decoder {
   }
 
   // Raises max_ to what this unit's scores need, and scales what was summed under the old one.
-  __device__ void raise_max(const float (&s)[2][kNT][4], const float (&factor)[kNT][2],
-                            const float (&v_norm)[2][2]) {
+  __device__ void raise_max(const float (&s)[2][kNT][4], const float (&v_norm)[2][2]) {
     float log_norm[2][2];
     for (int tile = 0; tile < 2; ++tile)
       for (int half = 0; half < 2; ++half)
@@ -430,7 +466,7 @@ class Decoder {
         for (int tile = 0; tile < 2; ++tile)
           for (int half = 0; half < 2; ++half)
             most =
-                fmaxf(most, fmaf(s[tile][nt][2 * half + c], factor[nt][c], log_norm[tile][half]));
+                fmaxf(most, fmaf(s[tile][nt][2 * half + c], factor_[nt][c], log_norm[tile][half]));
         for (int lanes = 4; lanes < 32; lanes *= 2)
           most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
         const float scale = exp2_fast(max_[nt][c] - most);
@@ -446,85 +482,86 @@ class Decoder {
 
   // -------------------------------------------------------------------- from warps to the block
   // Adds up the warps' sums: they become the item's result if this block has all of it, else they
-  // are published.
-  __device__ void merge_warps(const Segment& segment) {
-    if (g() == 0)
+  // are published. Then the block has to meet before the rings are filled again.
+  __device__ void merge_warps(const Work& w) {
+    const Thread me;
+    if (me.g == 0)
 #pragma unroll
       for (int nt = 0; nt < kNT; ++nt)
 #pragma unroll
         for (int c = 0; c < 2; ++c)
-          atomicMax(F::block_max(8 * nt + 2 * t() + c), F::ordered(max_[nt][c]));
+          atomicMax(F::block_max(8 * nt + 2 * me.t + c), F::ordered(max_[nt][c]));
     __syncthreads();
+    const int pairs = w.pairs;
+    const int warps = min(w.to - w.from, S::kWarps);  // that had something to do
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
       float own[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int n = 8 * nt + 2 * t() + c;
+        const int n = 8 * nt + 2 * me.t + c;
         own[c] = exp2_fast(max_[nt][c] - F::from_ordered(*F::block_max(n)));
-        if (g() == 0) *F::warp_sum(warp_, n) = sum_[nt][c] * own[c];
-      }
-      float4* const mine = F::fragments() + warp_ * S::kFragments * 32 + lane();
+        // Each lane of a column has a sum of its own, but the same max.
+        float sum = sum_[nt][c];
 #pragma unroll
-      for (int i = 0; i < S::kTiles; ++i)
-        mine[(i * kNT + nt) * 32] = {o_[i][nt][0] * own[0], o_[i][nt][1] * own[1],
-                                     o_[i][nt][2] * own[0], o_[i][nt][3] * own[1]};
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+        if (me.g == 0) *F::warp_sum(me.warp, n) = sum * own[c];
+      }
+      float4* const mine = F::fragments() + me.warp * S::kFragments * 32 + me.lane;
+      if (4 * nt + me.t < pairs && me.warp < warps)
+#pragma unroll
+        for (int i = 0; i < S::kTiles; ++i)
+          mine[(i * kNT + nt) * 32] = {o_[i][nt][0] * own[0], o_[i][nt][1] * own[1],
+                                       o_[i][nt][2] * own[0], o_[i][nt][3] * own[1]};
     }
     __syncthreads();
-    float4* const partial = F::partial_of(task_, segment, segment.rank());
-    const bool whole = segment.whole();
+    const bool whole = w.whole();
 #pragma unroll 1
-    for (int f = warp_; f < S::kFragments; f += S::kWarps) {
+    for (int f = me.warp; f < S::kFragments; f += S::kWarps) {
+      const int pair = 4 * (f % kNT) + me.t;
+      if (pair >= pairs) continue;
+      const int coordinates = T::value_coordinate_pair(f / kNT, me.g);
       float4 total = {};
-#pragma unroll 4
-      for (int w = 0; w < S::kWarps; ++w) {
-        const float4 part = F::fragments()[(w * S::kFragments + f) * 32 + lane()];
+#pragma unroll 8
+      for (int i = 0; i < warps; ++i) {
+        const float4 part = F::fragments()[(i * S::kFragments + f) * 32 + me.lane];
         total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
       }
-      if (whole) {
-        const int n = 8 * (f % kNT) + 2 * t(), d = F::coordinate(f);
-        *reinterpret_cast<float2*>(F::result(d, n)) = {total.x, total.y};
-        *reinterpret_cast<float2*>(F::result(d + 1, n)) = {total.z, total.w};
-      } else {
-        store_word(partial + f * 32 + lane(), total);
-      }
-    }
-    if (const int n = static_cast<int>(threadIdx.x) - (S::kThreads - 32); n >= 0 && n < S::kRows) {
-      State all = {F::from_ordered(*F::block_max(n)), 0};
-#pragma unroll 4
-      for (int w = 0; w < S::kWarps; ++w) all.sum += *F::warp_sum(w, n);
       if (whole)
-        F::row_info()[n].factor =
-            F::row_factor(task_, F::row_info()[n], all, n < F::rows_of(task_, segment));
-      // Two rows make a word.
-      constexpr uint32_t kRowLanes = ~0u >> (32 - S::kRows);
-      const State next = {__shfl_down_sync(kRowLanes, all.max, 1),
-                          __shfl_down_sync(kRowLanes, all.sum, 1)};
-      if (!whole && n % 2 == 0)
-        store_word(partial + result_words(D, S::kRows) + n / 2,
-                   {all.max, all.sum, next.max, next.sum});
+        F::write_result(pair * (D / 2) + coordinates, total);
+      else
+        store_word(F::partial(w, coordinates, w.rank) + pair, total);
     }
-    fence_before_copies();  // the rings held the sums
-    __syncthreads();
+    if (me.warp == S::kWarps - 1) {
+      // Lanes that share a row share the warps.
+      constexpr int kShare = 32 / S::kRows;
+      const int n = me.lane % S::kRows;
+      State all = {F::from_ordered(*F::block_max(n)), 0};
+#pragma unroll
+      for (int i = 0; i < S::kWarps; i += kShare)
+        all.sum += *F::warp_sum(i + me.lane / S::kRows, n);
+#pragma unroll
+      for (int lanes = S::kRows; lanes < 32; lanes *= 2)
+        all.sum += __shfl_xor_sync(~0u, all.sum, lanes);
+      if (whole && me.lane < S::kRows)
+        F::row_info()[n].factor = F::row_factor(F::row_info()[n], all, n < w.rows);
+      const State next = {__shfl_down_sync(~0u, all.max, 1), __shfl_down_sync(~0u, all.sum, 1)};
+      if (!whole && me.lane < S::kRows && n % 2 == 0 && n / 2 < pairs)
+        store_word(F::partial(w, D / 2, w.rank) + n / 2, {all.max, all.sum, next.max, next.sum});
+    }
   }
 
-  const DecodeTask& task_;
-  const AttentionProblem& p_;
-  const int warp_;
-  Ring<D, S::kSlots> ring_;
-  uint32_t turn_ = 0;
-  // Where the item's units are, and how many keys there are from the first one on.
-  const char *k_, *v_, *k_norms_, *v_norms_;
-  int keys_left_;
+  uint2 q_[S::kQuerySteps][kNT];
+  float factor_[kNT][2];  // what makes a product a score in log2 units
   // Oᵀ in fragments, and the softmax's state of columns 2t and 2t + 1.
   float o_[S::kTiles][kNT][4];
   float max_[kNT][2], sum_[kNT][2];
 };
 
 template <int D, int kNT>
-__global__ void __launch_bounds__(DecodeShape<D, kNT>::kThreads, 1)
+__global__ void __maxnreg__((DecodeShape<D, kNT>::kRegisters))
     decode_kernel(const __grid_constant__ DecodeTask task) {
-  if constexpr (kDecodes) Decoder<D, kNT>(task).run();
+  if constexpr (kDecodes) Decoder<D, kNT>::run(task);
 }
 
 template <int D, int kNT>
@@ -533,17 +570,10 @@ cudaError_t launch_decode_rows(const DecodeTask& task, cudaStream_t stream) {
   unsigned multiprocessors;
   const cudaError_t error = prepare<decode_kernel<D, kNT>>(Shape::kBytes, &multiprocessors);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute beside_previous;
-  beside_previous.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside_previous.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(task.plan.blocks);
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kBytes;
-  config.stream = stream;
-  config.attrs = &beside_previous;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, decode_kernel<D, kNT>, task);
+  const int shared_by = task.plan.blocks_per_item;
+  const dim3 grid = shared_by > 1 ? dim3(shared_by, task.plan.items) : dim3(task.plan.blocks);
+  return launch_beside_previous(decode_kernel<D, kNT>, grid, Shape::kThreads, Shape::kBytes, stream,
+                                task);
 }
 
 template <int D>

@@ -18,11 +18,13 @@ inline constexpr float kLevelScale = 1.26017f;
 struct DecodePlan {
   int blocks;           // at most one per multiprocessor
   int tile_rows;        // query rows that a block takes at once: 8, 16 or 32
+  int row_pairs;        // of a tile: what is exchanged are words of two rows x two coordinates
   int row_tiles;        // of a KV head's G · Lq query rows
   int items;            // B · Hkv · row_tiles
   int blocks_per_item;  // 0: the items lie on a line; else they are dealt out evenly,
   int items_per_block;  // where at least one of the two is 1
-  int partial_slots;    // places for what a block publishes of an item that it shares
+  int partial_slots;    // places for a block's sums of an item that it shares
+  int result_slots;     // places for such an item's result
   uint32_t min_units;   // with fewer units a block is not worth its share of the exchange
   uint32_t min_span;    // an item's rotation is worth as many blocks as this many units
 };
@@ -39,17 +41,23 @@ struct DecodeTask {
   DecodePlan plan;
   int64_t patience;  // clocks that a block waits for others
   Source k, v, k_norms, v_norms;
-  int group;         // query heads per KV head; row r of a KV head is token r / group
-  __half* q;         // [items][tile_rows][D], rotated, scaled by a power of two
-  float* q_scale;    // [items][tile_rows], what makes a product of levels a score in log2 units
-  float4* partials;  // [partial_slots][partial_words]
-  float4* results;   // [blocks][D / 16 · tile_rows / 8][32], normalised, in fragment order
+  int group;  // query heads per KV head; row r of a KV head is token r / group
+  // [items][tile_rows][query_stride]: D numbers, rotated and scaled by a power of two; behind them
+  // a float, what makes a product with levels a score in log2 units.
+  __half* q;
+  float4* partials;  // [partial_slots · (result_words + row_pairs)], see decode_finish.cuh
+  float4* results;   // [result_slots][result_words], normalised; directly behind the partials
 };
 
-// float4 words of a partial: accumulators in fragment order, then {max, sum} of each row.
-TQ_HOST_DEVICE constexpr int result_words(int dim, int tile_rows) { return dim * tile_rows / 4; }
-TQ_HOST_DEVICE constexpr int partial_words(int dim, int tile_rows) {
-  return result_words(dim, tile_rows) + tile_rows / 2;
+TQ_HOST_DEVICE constexpr int query_stride(int dim) { return dim + 8; }
+
+// A result's words: {row a, row b, row a, row b} of coordinates {d, d, d + 1, d + 1}.
+TQ_HOST_DEVICE constexpr int result_words(int dim, int row_pairs) { return row_pairs * dim / 2; }
+
+TQ_HOST_DEVICE inline int exchange_words(const DecodeTask& task) {
+  const DecodePlan& plan = task.plan;
+  const int of_result = result_words(static_cast<int>(task.problem.D), plan.row_pairs);
+  return plan.partial_slots * (of_result + plan.row_pairs) + plan.result_slots * of_result;
 }
 
 // Words of the exchange hold this until they are written: a NaN that no arithmetic produces.

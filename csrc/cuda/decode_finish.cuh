@@ -1,17 +1,21 @@
 // The frame of the decode kernel: its sizes, where things lie in shared memory, and the way from a
 // block's sums to the output.
 //
-// Blocks that share an item exchange through global memory in two steps:
-//   1. each publishes its sums; a fragment of the accumulators (16 coordinates x 8 rows) is added
-//      up over all blocks by one of them, normalised, and published again
-//   2. each collects the whole result and rotates some tiles of 16 coordinates: out = Πᵀ · result
+// Blocks that share an item exchange through global memory in two steps, in words of 16 bytes: two
+// rows of two coordinates.
+//   1. each block publishes its sums, and adds up all blocks' sums of some words: the lanes of a
+//      warp take a block each and add up among themselves
+//   2. what they find is published again; blocks that have something to rotate collect all of it
+//      and rotate some groups of 32 coordinates: out = Πᵀ · result
 // so a block reads about as much as one block's sums and one result, however many blocks there are.
 // No flags: a word is there when it is no longer kUnwritten. Normally all blocks run at once. Where
 // other work holds multiprocessors they may not, so no block waits for longer than task.patience:
 // then it does its whole item alone, and so whoever waits for it in turn.
 //
-// Code that runs once per item is kept short, in loops: at small contexts the time is instructions
-// fetched for the first time (8 clocks each, measured), not data.
+// At small contexts the time is a chain of latencies, so what does not depend on each other is
+// asked for at once and early: the numbers of Π, for example, before the sums are complete. And at
+// large ones no spilled register may be read on the way: memory is so busy that one that has left
+// the small L1 takes microseconds to come back.
 #pragma once
 
 #include "decode.h"
@@ -58,30 +62,69 @@ struct RowInfo {
   float sink;        // in log2 units
 };
 
+// What the block needs to know of a segment, worked out by one warp.
+struct alignas(16) Work : Segment {
+  UnitSource units[2];        // keys, values
+  float4 *partials, *result;  // of the item, see below
+  int rows, pairs, words;     // query rows; pairs of them and words that are exchanged
+  int team;                   // warps that rotate a group of coordinates together
+  int plain_from, plain_to;   // units whose keys all rows see, if there is no softcap
+};
+
+// What it needs to know of the task where the kernel's parameter is out of reach: in functions that
+// are not compiled into the kernel, so that they do not take registers from each other.
+struct alignas(16) Frame {
+  const float* rotation;
+  const __half* q;
+  float* lse;
+  View out, mask, sinks;
+  int64_t patience;
+  int heads, group, tokens;  // query heads, those of a KV head, query tokens
+  float softcap;
+  bool causal;
+};
+
 // Sizes. kNT: tiles of 8 query rows.
 template <int D, int kNT>
 struct DecodeShape {
   static constexpr int kRows = 8 * kNT;
   static constexpr int kTiles = D / 16;            // of 16 coordinates
   static constexpr int kFragments = kTiles * kNT;  // of the accumulators: 16 x 8 numbers, 4 a lane
-  // Accumulators take D/4 · kNT registers a lane, and 65536 registers are 16 warps of 128.
+  // Accumulators take D/4 · kNT registers a lane. A 16th of the 65536 registers stays free: there
+  // a block of rotate_query.cu finds room, so that no decode block has to wait for one.
   static constexpr int kWarps = kNT == 1 && D <= 128 ? 16 : 8;
   static constexpr int kThreads = 32 * kWarps;
-  // Shared memory: the table, the rings, scratch of a fragment for each warp and query tile, and
-  // small things. In the holes of the table: the result and the warps' sums.
-  static_assert((D + 1 + kWarps) * kRows <= 256 * 32);
-  static constexpr int kScratchBytes = kWarps * kNT * 512;
-  static constexpr int kFixedBytes =
-      Table::kBytes + kScratchBytes + kRows * static_cast<int>(sizeof(RowInfo));
-  static constexpr int kLimit = 227 * 1024;
+  // So many steps of the queries are kept in registers, the rest in shared memory: as many as make
+  // no other register spill.
+  static constexpr int kQuerySteps = D * kNT <= 256 ? kTiles : kNT == 1 ? 16 : 1;
+  static constexpr int kRegisters = D > 256 ? 255 : 65536 / kThreads * 15 / 16;
+  // The rotation's pieces: 32 coordinates x 16 rows.
+  static constexpr int kOutGroups = (D + 31) / 32;
+  static constexpr int kRowTiles = (kRows + 15) / 16;
+  static constexpr int kResultStride = D + 4;  // floats: 8 rows x 4 coordinates are in 32 banks
+  // Shared memory: the table, the rings, the result, and small things. In the holes of the table:
+  // for each warp, scratch of 32 numbers a row.
+  static_assert(kWarps * kRows <= 256);
+  static constexpr int kStateBytes = (1 + kWarps) * kRows * 4;
+  static constexpr int kWorkBytes = 3 * sizeof(Work), kFrameBytes = sizeof(Frame);
+  static_assert(kWorkBytes % 16 == 0 && kFrameBytes % 16 == 0);
+  static constexpr int kResultBytes = kRows * kResultStride * 4;
+  static constexpr int kFixedBytes = Table::kBytes + kResultBytes + kStateBytes +
+                                     kRows * static_cast<int>(sizeof(RowInfo)) + kWorkBytes +
+                                     kFrameBytes;
+  // rotate_query.cu needs some shared memory, too: 3 KB with what the system takes.
+  static constexpr int kLimit = 224 * 1024;
   static constexpr int kFit = (kLimit - kFixedBytes) / (kWarps * (Tile<D>::kBytes + 8));
   static constexpr int kSlots = kFit >= 8 ? 8 : kFit / 2 * 2;
   static_assert(kSlots >= 2);
   using Slots = Ring<D, kSlots>;
   static constexpr int kRing = Table::kBytes;
-  static constexpr int kScratch = kRing + kWarps * Slots::kBytes;
-  static constexpr int kRowInfo = kScratch + kScratchBytes;
-  static constexpr int kBarriers = kRowInfo + kRows * sizeof(RowInfo);
+  static constexpr int kResult = kRing + kWarps * Slots::kBytes;
+  static constexpr int kStates = kResult + kResultBytes;
+  static constexpr int kRowInfo = kStates + kStateBytes;
+  static constexpr int kWork = kRowInfo + kRows * static_cast<int>(sizeof(RowInfo));
+  static constexpr int kFrame = kWork + kWorkBytes;
+  static constexpr int kBarriers = kFrame + kFrameBytes;
   static constexpr int kBytes = kBarriers + kWarps * kSlots * 8;
   static_assert(kBytes <= kLimit);
   static_assert(kFragments * 512 <= Slots::kBytes);  // a warp's accumulators fit into its ring
@@ -92,27 +135,26 @@ struct Finish {
   using S = DecodeShape<D, kNT>;
   using T = Tile<D>;
 
-  static __device__ int lane() { return threadIdx.x % 32; }
-  static __device__ int g() { return lane() / 4; }
-  static __device__ int t() { return lane() % 4; }
-
   // ------------------------------------------------------------------------------ shared memory
   static __device__ char* shared() {
     extern __shared__ __align__(1024) char memory[];
     return memory;
   }
-  // Float i of what lies in the table's holes, 32 to a hole.
-  static __device__ float* in_holes(int i) {
-    return reinterpret_cast<float*>(shared() + i / 32 * Table::kStride + 128) + i % 32;
+  // The item's result: query row n, coordinate d. The next coordinate follows.
+  static __device__ float* result(int n, int d) {
+    return reinterpret_cast<float*>(shared() + S::kResult) + n * S::kResultStride + d;
   }
-  // The item's result: coordinate d of query row n.
-  static __device__ float* result(int d, int n) { return in_holes(d * S::kRows + n); }
   // The largest max of the warps in row n, and a warp's sum relative to it.
   static __device__ int* block_max(int n) {
-    return reinterpret_cast<int*>(in_holes(D * S::kRows + n));
+    return reinterpret_cast<int*>(shared() + S::kStates) + n;
   }
   static __device__ float* warp_sum(int warp, int n) {
-    return in_holes((D + 1 + warp) * S::kRows + n);
+    return reinterpret_cast<float*>(shared() + S::kStates) + (1 + warp) * S::kRows + n;
+  }
+  // Number i of 32 that a warp has for row n, in a hole of the table. Rows begin in other banks.
+  static __device__ float* scratch(int warp, int n, int i) {
+    return reinterpret_cast<float*>(shared() + (warp * S::kRows + n) * Table::kStride + 128) +
+           (i + 4 * n) % 32;
   }
   // A float as an integer of the same order, and back.
   static __device__ int ordered(float x) {
@@ -124,59 +166,143 @@ struct Finish {
   }
   // [warps][kFragments][32]: the rings, while nothing is copied into them.
   static __device__ float4* fragments() { return reinterpret_cast<float4*>(shared() + S::kRing); }
-  static __device__ float4* scratch() { return reinterpret_cast<float4*>(shared() + S::kScratch); }
   static __device__ RowInfo* row_info() {
     return reinterpret_cast<RowInfo*>(shared() + S::kRowInfo);
   }
+  static __device__ Work* work(int place) {
+    return reinterpret_cast<Work*>(shared() + S::kWork) + place;
+  }
+  static __device__ Frame* frame() { return reinterpret_cast<Frame*>(shared() + S::kFrame); }
 
   // -------------------------------------------------------------------------------------- places
-  static __device__ int rows_of(const DecodeTask& task, const Segment& s) {
-    return min(S::kRows, task.group * static_cast<int>(task.problem.Lq) - s.row_tile * S::kRows);
+  // Where a segment's units come from.
+  static __device__ UnitSource units_of(const Source& rows, const Source& norms, const Segment& s) {
+    const auto at = [&](const Source& source, int unit_bytes) {
+      return source.data +
+             16 * (static_cast<uint64_t>(source.batch_row) * static_cast<uint32_t>(s.b) +
+                   static_cast<uint64_t>(source.head) * static_cast<uint32_t>(s.h)) +
+             static_cast<uint64_t>(static_cast<uint32_t>(s.first_unit)) * unit_bytes;
+    };
+    return {at(rows, T::kUnitBytes), at(norms, kUnit * 2)};
   }
-  // The coordinate of a fragment's first number in a lane; the third is the next coordinate, the
-  // second and the fourth are of the next row. The row is 8 · (fragment % kNT) + 2t.
-  static __device__ int coordinate(int fragment) {
-    return 2 * T::value_coordinate_pair(fragment / kNT, g());
+  // What a block publishes: [coordinate pairs, then the states {max, sum, max, sum}][blocks][row
+  // pairs], so that whole sectors of memory are written.
+  static __device__ float4* partial(const Work& w, int coordinates, int block) {
+    return w.partials + (coordinates * w.blocks + block) * w.pairs;
   }
-  // The sums that the rank-th of a segment's blocks publishes. On the line a block may publish two,
-  // its first and its last segment's: only the last one can be an item's first.
-  static __device__ float4* partial_of(const DecodeTask& task, const Segment& s, int rank) {
-    int slot = s.first_block + rank;
-    if (task.plan.blocks_per_item == 0) slot = 2 * slot + (rank == 0);
-    return task.partials + static_cast<int64_t>(slot) * partial_words(D, S::kRows);
+  static __device__ int team_of(int blocks) {
+    const int groups = divide_up(S::kOutGroups, blocks);  // for each block
+    return groups >= S::kWarps ? 1 : S::kWarps >> (32 - __clz(groups - 1));
   }
-  static __device__ float4* result_of(const DecodeTask& task, const Segment& s) {
-    return task.results + static_cast<int64_t>(s.first_block) * result_words(D, S::kRows);
+  // By one thread.
+  static __device__ void describe(const DecodeTask& task, const Segment& s, Work* w) {
+    static_cast<Segment&>(*w) = s;
+    if (s.blocks == 0) return;
+    const AttentionProblem& p = task.problem;
+    w->units[0] = units_of(task.k, task.k_norms, s);
+    w->units[1] = units_of(task.v, task.v_norms, s);
+    w->rows = min(S::kRows, task.group * static_cast<int>(p.Lq) - s.row_tile * S::kRows);
+    w->pairs = task.plan.row_pairs, w->words = result_words(D, w->pairs);
+    // On the line a block may publish twice, for its first and its last segment, so an item's
+    // places are counted from twice its first block.
+    const bool line = task.plan.blocks_per_item == 0;
+    w->partials = task.partials + static_cast<int64_t>(line ? 2 * s.first_block : s.first_block) *
+                                      (w->words + w->pairs);
+    w->result = task.results + static_cast<int64_t>(line ? s.first_block : s.item) * w->words;
+    const int unseen = p.causal ? static_cast<int>(p.Lq) - 1 : 0;  // by token 0
+    const int seen_by_all =
+        s.length - (unseen == 0 ? 0 : max(unseen - s.row_tile * S::kRows / task.group, 0));
+    w->team = team_of(s.blocks);
+    w->plain_from = s.start % kUnit != 0;
+    w->plain_to = p.mask || p.softcap != 0 ? 0 : max(seen_by_all, 0) / kUnit - s.first_unit;
+  }
+  static __device__ void describe(const DecodeTask& task) {
+    const AttentionProblem& p = task.problem;
+    *frame() = {p.rotation,    task.q,
+                p.lse,         p.out,
+                p.mask,        p.sinks,
+                task.patience, static_cast<int>(p.Hq),
+                task.group,    static_cast<int>(p.Lq),
+                p.softcap,     p.causal};
   }
 
-  static __device__ void describe_rows(const DecodeTask& task, const Segment& s) {
-    const AttentionProblem& p = task.problem;
-    const int n = threadIdx.x;
-    if (n >= S::kRows) return;
+  // The rotated queries as the right operands of Sᵀ = K · q̂ᵀ, in the place of the result, which
+  // comes later: [steps][query tiles][lanes]. Step j takes the coordinates of bytes 2j and 2j + 1
+  // of the lane's quarter of a key. Then their scales.
+  static __device__ uint2* query(int step, int nt) {
+    return reinterpret_cast<uint2*>(shared() + S::kResult) + (step * kNT + nt) * 32;
+  }
+  static __device__ float* query_scale(int n) {
+    return reinterpret_cast<float*>(shared() + S::kResult + S::kRows * D * 2) + n;
+  }
+  // What each thread carries of them from global to shared memory.
+  static constexpr int kQueryPieces = S::kRows * query_stride(D) / 8;
+  struct Queries {
+    uint4 piece[(kQueryPieces + S::kThreads - 1) / S::kThreads];
+  };
+  static __device__ Queries load_queries(const Work& w) {
+    Queries q;
+    const int pieces = w.rows * (query_stride(D) / 8);
+    const uint4* from =
+        reinterpret_cast<const uint4*>(frame()->q) + static_cast<int64_t>(w.item) * kQueryPieces;
+    int i = Thread().x;
+    for (uint4& piece : q.piece) piece = i < pieces ? from[i] : uint4{}, i += S::kThreads;
+    return q;
+  }
+  static __device__ void keep_queries(const Queries& q) {
+    constexpr int kOfRow = query_stride(D) / 8;
+    int i = Thread().x;
+    for (const uint4& piece : q.piece) {
+      const int n = i / kOfRow, byte = i % kOfRow * 4;  // of a key, which are two coordinates each
+      if (i < kQueryPieces && byte < T::kRow) {
+        const uint2 parts[2] = {{piece.x, piece.y}, {piece.z, piece.w}};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int chunk = (byte + 2 * half) / T::kKeyChunk,
+                    within = (byte + 2 * half) % T::kKeyChunk;
+          const int step = (chunk / 4 * T::kKeyChunk + within) / 2;
+          query(step, n / 8)[n % 8 * 4 + chunk % 4] = parts[half];
+        }
+      } else if (i < kQueryPieces) {
+        *query_scale(n) = fmaxf(__uint_as_float(piece.x), 1e-30f);
+      }
+      i += S::kThreads;
+    }
+  }
+
+  static __device__ void write_result(int word, float4 v) {
+    const int n = word / (D / 2) * 2, d = word % (D / 2) * 2;
+    *reinterpret_cast<float2*>(result(n, d)) = {v.x, v.z};
+    *reinterpret_cast<float2*>(result(n + 1, d)) = {v.y, v.w};
+  }
+
+  static __device__ void describe_rows(const Work& w) {
+    const Frame& f = *frame();
+    const int n = Thread().x - (S::kThreads - 32);  // the last warp, the first to be idle
+    if (n < 0 || n >= S::kRows) return;
     RowInfo info = {nullptr, 0, 0, 0, 1, kNothing};  // of no row: sees nothing
-    if (n < rows_of(task, s)) {
-      const int row = s.row_tile * S::kRows + n, token = p.Lq == 1 ? 0 : row / task.group;
-      const int head = s.h * task.group + row - token * task.group;
-      if (p.mask)
-        info.mask = static_cast<const bool*>(p.mask.data) + offset_of(p.mask, s.b, 0, token);
-      info.out = offset_of(p.out, s.b, head, token);
-      info.lse = (s.b * static_cast<int>(p.Hq) + head) * static_cast<int>(p.Lq) + token;
-      info.end = s.length;
-      if (p.causal) info.end = s.length - static_cast<int>(p.Lq) + 1 + token;
-      if (p.sinks) info.sink = load_element(p.sinks, head * p.sinks.stride[1]) * kLog2e;
+    if (n < w.rows) {
+      const int row = w.row_tile * S::kRows + n, token = f.tokens == 1 ? 0 : row / f.group;
+      const int head = w.h * f.group + row - token * f.group;
+      if (f.mask)
+        info.mask = static_cast<const bool*>(f.mask.data) + offset_of(f.mask, w.b, 0, token);
+      info.out = offset_of(f.out, w.b, head, token);
+      info.lse = (w.b * f.heads + head) * f.tokens + token;
+      info.end = w.length;
+      if (f.causal) info.end = w.length - f.tokens + 1 + token;
+      if (f.sinks) info.sink = load_element(f.sinks, head * f.sinks.stride[1]) * kLog2e;
     }
     row_info()[n] = info;
     *block_max(n) = ordered(kNothing);
   }
 
   // What a row's sums are multiplied by at the end. Adds the sink; writes the lse if asked to.
-  static __device__ float row_factor(const DecodeTask& task, const RowInfo& row, State all,
-                                     bool with_lse) {
+  static __device__ float row_factor(const RowInfo& row, State all, bool with_lse) {
     const float most = fmaxf(all.max, row.sink), own = exp2_fast(all.max - most);
     // Nothing seen, and no sink: kNothing - kNothing is 0, but there is nothing to add.
     const float sum = all.sum * own + (row.sink > kNothing ? exp2_fast(row.sink - most) : 0);
-    if (with_lse && task.problem.lse)
-      task.problem.lse[row.lse] = sum == 0 ? -INFINITY : (most + __log2f(sum)) * (1 / kLog2e);
+    if (float* const lse = frame()->lse; with_lse && lse)
+      lse[row.lse] = sum == 0 ? -INFINITY : (most + __log2f(sum)) * (1 / kLog2e);
     return sum == 0 ? 0 : __fdividef(own, sum * (sqrtf(static_cast<float>(D)) * kLevelScale));
   }
 
@@ -185,11 +311,11 @@ struct Finish {
     return __float_as_uint(word.x) != kUnwritten;
   }
   // Loads a word again until it is written. False: it took too long.
-  static __device__ bool await(const DecodeTask& task, const float4* place, float4* word) {
+  static __device__ bool await(const float4* place, float4* word) {
     if (is_written(*word)) return true;
     const long long start = clock64();
     do {
-      if (clock64() - start > task.patience) return false;
+      if (clock64() - start > frame()->patience) return false;
       *word = load_word(place);
     } while (!is_written(*word));
     return true;
@@ -205,169 +331,230 @@ struct Finish {
     *all = {most0, all->y * old0 + part.y * new0, most1, all->w * old1 + part.w * new1};
   }
 
-  // Jobs rank, rank + blocks, ... below `jobs` are this block's. Its warps form teams that do one
-  // each; the members of a team share its job.
-  struct Team {
-    int members, first, step, member;  // jobs: first, first + step, ...
-    __device__ Team(int jobs, const Segment& s) {
-      const int warp = threadIdx.x / 32;
-      members = s.blocks >= jobs ? S::kWarps : max(S::kWarps / jobs, 1);
-      member = warp % members;
-      first = s.rank() + warp / members * s.blocks;
-      step = S::kWarps / members * s.blocks;
+  // ------------------------------------------------------------------------------------ rotation
+  // outᵀ = Πᵀ · result, 16 rows x 32 coordinates at a time, in steps of 8 terms. (Four tiles of 8
+  // coordinates: tile j has every fourth one from the j-th on, so that a lane's numbers of Π for
+  // all four lie next to each other.) Such groups are dealt to the item's blocks, and to teams of
+  // warps in a block, which share the steps. Three tf32 products of the numbers' high and low parts
+  // make one of 21 bits.
+  struct Rotation {
+    static constexpr int kSteps = D / 8, kAtOnce = 4;
+    struct Numbers {
+      float4 of[kAtOnce][2];
+    };
+
+    Thread me;
+    int stride, rank;                   // between this block's groups; its first group
+    int members, member, teams, group;  // of a team; of this warp
+
+    __device__ Rotation(const Work& w, bool wanted)
+        : stride(w.blocks), rank(w.rank), members(w.team) {
+      const int shift = 31 - __clz(members);
+      teams = S::kWarps >> shift, member = me.warp & (members - 1);
+      group = wanted ? rank + (me.warp >> shift) * stride : S::kOutGroups;
+    }
+
+    // A lane's numbers of Π for some steps of a group of coordinates.
+    __device__ void load(int of_group, int step, Numbers& pi) const {
+      const int d = 32 * of_group + 4 * me.g;
+      const float* from = frame()->rotation + (8 * step + me.t) * D + d;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i, from += members * 8 * D)
+        if (d < D && step + i * members < kSteps) {
+          pi.of[i][0] = *reinterpret_cast<const float4*>(from);
+          pi.of[i][1] = *reinterpret_cast<const float4*>(from + 4 * D);
+        } else {
+          pi.of[i][0] = pi.of[i][1] = {};
+        }
+    }
+
+    // `pi`: the first ones.
+    __device__ void run(const Work& w, Numbers& pi) const {
+      bool first = true;
+#pragma unroll 1
+      for (int base = rank, at_group = group; base < S::kOutGroups;
+           base += teams * stride, at_group += teams * stride) {
+        float c[S::kRowTiles][4][4] = {};
+#pragma unroll 1
+        for (int step = member; step < kSteps; step += kAtOnce * members) {
+          if (!first) load(at_group, step, pi);
+          first = false;
+          const float* at = result(me.g, 8 * step + me.t);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i, at += members * 8) {
+            if (step + i * members >= kSteps) break;
+            const float4 one = pi.of[i][0], two = pi.of[i][1];
+            const float b[4][2] = {{one.x, two.x}, {one.y, two.y}, {one.z, two.z}, {one.w, two.w}};
+#pragma unroll
+            for (int m = 0; m < S::kRowTiles; ++m) {
+              float a[4], low[4];
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const int n = 16 * m + 8 * (j % 2);
+                a[j] = n < S::kRows ? at[n * S::kResultStride + j / 2 * 4] : 0;
+                low[j] = a[j] - tf32(a[j]);
+              }
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                mma_tf32(c[m][j], low, b[j][0], b[j][1]);
+                mma_tf32(c[m][j], a, b[j][0] - tf32(b[j][0]), b[j][1] - tf32(b[j][1]));
+                mma_tf32(c[m][j], a, b[j][0], b[j][1]);
+              }
+            }
+          }
+        }
+        // Column 2t of tile j is coordinate 8t + j.
+#pragma unroll
+        for (int m = 0; m < S::kRowTiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int n = 16 * m + i / 2 * 8 + me.g, d = 8 * me.t + i % 2 * 4;
+            if (n < S::kRows)
+              *reinterpret_cast<float4*>(scratch(me.warp, n, d)) = {c[m][0][i], c[m][1][i],
+                                                                    c[m][2][i], c[m][3][i]};
+          }
+        __syncthreads();
+#pragma unroll 1
+        for (int x = me.x; x < teams * S::kRows * 32; x += S::kThreads) {
+          const int team = x / (S::kRows * 32), n = x / 32 % S::kRows;
+          const int d = 32 * (base + team * stride) + x % 32;
+          if (n >= w.rows || d >= D) continue;
+          float total = 0;
+#pragma unroll 4
+          for (int m = 0; m < members; ++m) total += *scratch(team * members + m, n, x % 32);
+          const RowInfo& row = row_info()[n];
+          const View& out = frame()->out;
+          store_element(out, row.out + d * out.stride[3], total * row.factor);
+        }
+        __syncthreads();
+      }
     }
   };
 
-  // Adds up all blocks' sums of this block's fragments, and publishes the results. False: some did
-  // not come in time.
-  static __device__ bool reduce(const DecodeTask& task, const Segment& s) {
-    const Team team(S::kFragments, s);
-    const int rows = rows_of(task, s);
-    float4* const sums = fragments() + threadIdx.x;  // [warps][32]
-    float2* const row_sums = reinterpret_cast<float2*>(fragments() + S::kThreads) + threadIdx.x;
-#pragma unroll 1
-    for (int base = s.rank(), fragment = team.first; base < S::kFragments;
-         base += team.step, fragment += team.step) {
-      const int n = 8 * (fragment % kNT) + 2 * t();
-      // Lanes of columns that are no query rows have nothing to wait for.
-      const bool wanted = fragment < S::kFragments && n < rows;
-      float4 total = {}, all = {kNothing, 0, kNothing, 0};
-      bool in_time = true;
-      __syncthreads();  // whoever still reads what is written below
-      if (wanted) {
-#pragma unroll 1
-        for (int from = team.member; from < s.blocks; from += 2 * team.members) {
-          // Two at a time: half the waiting.
-          const bool both = from + team.members < s.blocks;
-          const float4* const one = partial_of(task, s, from);
-          const float4* const two = both ? partial_of(task, s, from + team.members) : one;
-          const float4* const places[4] = {
-              one + fragment * 32 + lane(), one + result_words(D, S::kRows) + n / 2,
-              two + fragment * 32 + lane(), two + result_words(D, S::kRows) + n / 2};
-          float4 words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) words[i] = load_word(places[i]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) in_time = in_time && await(task, places[i], &words[i]);
-          merge(&total, &all, words[0], words[1]);
-          if (both) merge(&total, &all, words[2], words[3]);
-        }
-        if (g() == 0) {
-          atomicMax(block_max(n), ordered(all.x));
-          atomicMax(block_max(n + 1), ordered(all.z));
-        }
-      }
-      if (!__syncthreads_and(in_time)) return false;
-      const float most0 = from_ordered(*block_max(n)), most1 = from_ordered(*block_max(n + 1));
-      const float own0 = exp2_fast(all.x - most0), own1 = exp2_fast(all.z - most1);
-      *sums = {total.x * own0, total.y * own1, total.z * own0, total.w * own1};
-      *row_sums = {all.y * own0, all.w * own1};
-      __syncthreads();
-      if (wanted && team.member == 0) {
-        total = {};
-        float2 sum = {};
-#pragma unroll 4
-        for (int other = 0; other < team.members; ++other) {
-          const float4 o = sums[other * 32];
-          const float2 l = row_sums[other * 32];
-          total = {total.x + o.x, total.y + o.y, total.z + o.z, total.w + o.w};
-          sum = {sum.x + l.x, sum.y + l.y};
-        }
-        const bool with_lse = fragment < kNT && g() == 0;  // one fragment of each query tile
-        const float factor0 = row_factor(task, row_info()[n], {most0, sum.x}, with_lse);
-        const float factor1 =
-            row_factor(task, row_info()[n + 1], {most1, sum.y}, with_lse && n + 1 < rows);
-        store_word(result_of(task, s) + fragment * 32 + lane(),
-                   {total.x * factor0, total.y * factor1, total.z * factor0, total.w * factor1});
-      }
-    }
+  // The part of a number that tf32 keeps.
+  static __device__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000); }
+
+  // ------------------------------------------------------------------------------------- the end
+  // Brings a segment that is one of several of its item to an end, or one of the two steps of it;
+  // or rotates one that is whole. False: words of other blocks did not come in time (`in_time`: nor
+  // did they in an earlier step). A function of its own, for all of a block's threads.
+  enum Steps { kReduce = 1, kCollect = 2, kRotate = 4 };
+  static __device__ __noinline__ bool finish(int place, int steps, bool in_time) {
+    const Work& w = *work(place);
+    const Rotation rotation(w, steps & kRotate);
+    typename Rotation::Numbers pi;  // takes as long to come as words do, so is asked for early
+    rotation.load(rotation.group, rotation.member, pi);
+    if (steps & kReduce) in_time = reduce(w);
+    if (!(steps & kRotate)) return in_time;
+    if (w.rank >= S::kOutGroups) return true;  // nothing to rotate
+    if (steps & kCollect && !collect(w, in_time)) return false;
+    rotation.run(w, pi);
     return true;
+  }
+
+  // Adds up all blocks' sums of this block's words, and publishes the results. False: some did not
+  // come in time. Needs no other warp.
+  static __device__ bool reduce(const Work& w) {
+    // A team of lanes does a word: as many as there are blocks, rounded up to a power of two. Long
+    // results are done in batches: their words are asked for together.
+    constexpr int kBatch = D > 256 ? 2 : 1;
+    const Thread me;
+    const int blocks = w.blocks, words = w.words, rank = w.rank;
+    const int team = blocks >= 32 ? 32 : 2 << (31 - __clz(blocks - 1));
+    const int per_warp = 32 / team, member = me.lane & (team - 1);
+    bool in_time = true;
+#pragma unroll 1
+    for (int base = uniform(me.warp) * per_warp; base * blocks + rank < words;
+         base += S::kWarps * per_warp * kBatch) {
+      int word[kBatch];
+      float4 total[kBatch], all[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        word[i] = (base + i * S::kWarps * per_warp + me.lane / team) * blocks + rank;
+        total[i] = {}, all[i] = {kNothing, 0, kNothing, 0};
+      }
+#pragma unroll 1
+      for (int from = member; from < blocks; from += 2 * team) {
+        float4 sums[kBatch][2], states[kBatch][2];
+        const auto wanted = [&](int i, int j) {
+          return word[i] < words && from + j * team < blocks;
+        };
+        const auto place = [&](int i, int j) {
+          return partial(w, word[i] % (D / 2), from + j * team) + word[i] / (D / 2);
+        };
+        const auto state = [&](int i, int j) {
+          return partial(w, D / 2, from + j * team) + word[i] / (D / 2);
+        };
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (wanted(i, j))
+              sums[i][j] = load_word(place(i, j)), states[i][j] = load_word(state(i, j));
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (wanted(i, j)) {
+              in_time = in_time && await(place(i, j), &sums[i][j]);
+              in_time = in_time && await(state(i, j), &states[i][j]);
+              merge(&total[i], &all[i], sums[i][j], states[i][j]);
+            }
+      }
+      __syncwarp();
+      float most[kBatch][2], sum[kBatch][6];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) most[i][0] = all[i].x, most[i][1] = all[i].z;
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+        if (lanes < team)
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+              most[i][c] = fmaxf(most[i][c], __shfl_xor_sync(~0u, most[i][c], lanes));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float own0 = exp2_fast(all[i].x - most[i][0]);
+        const float own1 = exp2_fast(all[i].z - most[i][1]);
+        sum[i][0] = total[i].x * own0, sum[i][1] = total[i].y * own1;
+        sum[i][2] = total[i].z * own0, sum[i][3] = total[i].w * own1;
+        sum[i][4] = all[i].y * own0, sum[i][5] = all[i].w * own1;
+      }
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2)
+        if (lanes < team)
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+            for (int c = 0; c < 6; ++c) sum[i][c] += __shfl_xor_sync(~0u, sum[i][c], lanes);
+      in_time = __all_sync(~0u, in_time);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (word[i] < words && member == 0 && in_time) {
+          const int n = word[i] / (D / 2) * 2;
+          const int rows = word[i] % (D / 2) == 0 ? w.rows : 0;  // with an lse
+          const float factor0 = row_factor(row_info()[n], {most[i][0], sum[i][4]}, n < rows);
+          const float factor1 =
+              row_factor(row_info()[n + 1], {most[i][1], sum[i][5]}, n + 1 < rows);
+          store_word(w.result + word[i], {sum[i][0] * factor0, sum[i][1] * factor1,
+                                          sum[i][2] * factor0, sum[i][3] * factor1});
+        }
+    }
+    return in_time;
   }
 
   // Brings together the result of an item that other blocks have parts of. False: some of it did
-  // not come in time.
-  static __device__ bool collect(const DecodeTask& task, const Segment& s) {
-    bool in_time = true;
-    const int rows = rows_of(task, s);
-#pragma unroll 2
-    for (int f = threadIdx.x / 32; f < S::kFragments; f += S::kWarps) {
-      const int n = 8 * (f % kNT) + 2 * t(), d = coordinate(f);
-      if (n >= rows) continue;
-      const float4* const place = result_of(task, s) + f * 32 + lane();
-      float4 v = load_word(place);
-      in_time = in_time && await(task, place, &v);
-      *reinterpret_cast<float2*>(result(d, n)) = {v.x, v.y};
-      *reinterpret_cast<float2*>(result(d + 1, n)) = {v.z, v.w};
+  // not come in time, or `in_time` was false in some thread before.
+  static __device__ bool collect(const Work& w, bool in_time) {
+#pragma unroll 1
+    for (int word = Thread().x; word < w.words; word += S::kThreads) {
+      float4 v = load_word(w.result + word);
+      in_time = in_time && await(w.result + word, &v);
+      write_result(word, v);
     }
     return __syncthreads_and(in_time);
   }
-
-  // outᵀ = Πᵀ · result, tiles of 16 coordinates dealt to the item's blocks. Three tf32 products of
-  // the numbers' high and low parts make one of 21 bits. False: the result did not come in time.
-  static __device__ bool rotate(const DecodeTask& task, const Segment& s) {
-    const AttentionProblem& p = task.problem;
-    const Team team(S::kTiles, s);
-    const int rows = rows_of(task, s);
-    bool collected = s.whole();
-#pragma unroll 1
-    for (int base = s.rank(), tile = team.first; base < S::kTiles;
-         base += team.step, tile += team.step) {
-      float c[kNT][4] = {};
-      // A step is 8 of the D terms of each sum; loads of the first steps run ahead of the waiting.
-      constexpr int kAtOnce = 4;
-#pragma unroll 1
-      for (int step = team.member; step < D / 8 || !collected; step += kAtOnce * team.members) {
-        float a[kAtOnce][4] = {};
-        const float* pi = p.rotation + (8 * step + t()) * D + 16 * tile + g();
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i, pi += 8 * D * team.members) {
-          if (tile >= S::kTiles || step + i * team.members >= D / 8) break;
-          a[i][0] = pi[0], a[i][1] = pi[8], a[i][2] = pi[4 * D], a[i][3] = pi[4 * D + 8];
-        }
-        if (!collected && !collect(task, s)) return false;
-        collected = true;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (step + i * team.members >= D / 8) break;
-          const int d = 8 * (step + i * team.members) + t();
-          float low[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) low[j] = a[i][j] - tf32(a[i][j]);
-#pragma unroll
-          for (int nt = 0; nt < kNT; ++nt) {
-            const float b0 = *result(d, 8 * nt + g()), b1 = *result(d + 4, 8 * nt + g());
-            mma_tf32(c[nt], low, b0, b1);
-            mma_tf32(c[nt], a[i], b0 - tf32(b0), b1 - tf32(b1));
-            mma_tf32(c[nt], a[i], b0, b1);
-          }
-        }
-      }
-#pragma unroll
-      for (int nt = 0; nt < kNT; ++nt)
-        scratch()[(threadIdx.x / 32 * kNT + nt) * 32 + lane()] = {c[nt][0], c[nt][1], c[nt][2],
-                                                                  c[nt][3]};
-      __syncthreads();
-#pragma unroll 1
-      for (int x = threadIdx.x; x < S::kThreads / team.members * kNT * 4; x += S::kThreads) {
-        // Number `part` of this lane, in the order of c.
-        const int part = x / 32 % 4, nt = x / 128 % kNT, of_team = x / (128 * kNT);
-        const int n = 8 * nt + 2 * t() + part % 2, of_tile = base + of_team * s.blocks;
-        if (n >= rows || of_tile >= S::kTiles) continue;
-        float total = 0;
-#pragma unroll 4
-        for (int m = 0; m < team.members; ++m)
-          total += reinterpret_cast<const float*>(
-              scratch())[(((of_team * team.members + m) * kNT + nt) * 32 + lane()) * 4 + part];
-        const int d = 16 * of_tile + g() + part / 2 * 8;
-        store_element(p.out, row_info()[n].out + d * p.out.stride[3], total * row_info()[n].factor);
-      }
-      __syncthreads();
-    }
-    return true;
-  }
-
-  // The part of a number that tf32 keeps.
-  static __device__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000); }
 };
 
 }  // namespace tq::cuda

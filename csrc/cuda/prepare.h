@@ -1,4 +1,4 @@
-// What a kernel needs before its first launch on a device.
+// What a kernel needs before its first launch on a device, and a launch that overlaps.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,6 +24,24 @@ cudaError_t prepare(int shared_bytes, unsigned* multiprocessors) {
   }
   *multiprocessors = number;
   return error;
+}
+
+// Launches a kernel that may start while the one before it on the stream still runs
+// (device/ptx.cuh, wait_for_previous_kernel).
+template <class Task>
+cudaError_t launch_beside_previous(void (*kernel)(Task), dim3 grid, int threads, int shared_bytes,
+                                   cudaStream_t stream, const Task& task) {
+  cudaLaunchAttribute beside_previous;
+  beside_previous.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside_previous.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &beside_previous;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, task);
 }
 
 }  // namespace tq::cuda

@@ -2,26 +2,18 @@
 // kernel multiplies the levels of the keys with. Also makes the exchange's words unwritten.
 //
 // A block takes 16 rows x 8 coordinates; its 4 warps split the sum over D. Products are exact tf32
-// ones: 16-bit queries are tf32 numbers, and Π goes in two parts, which together hold 21 bits. All
-// loads of a warp are in flight at once, since the time is nothing but latency: one look at Π and
-// q, about 1.5 µs, during which the decode kernel starts.
+// ones: 16-bit queries are tf32 numbers, and Π goes in two parts, which together hold 21 bits. The
+// time is nothing but latency, about 1.5 µs, during which the decode kernel starts: so loads are in
+// flight together, and registers are so few that a decode block finds room beside (not for D 512).
 #include "decode.h"
 #include "device/element.cuh"
 #include "device/ptx.cuh"
+#include "prepare.h"
 
 namespace tq::cuda {
 namespace {
 
 constexpr int kRows = 16, kColumns = 8, kWarps = 4;
-
-// Four consecutive coordinates of a 16-bit row as they lie in memory, or zeros.
-__device__ uint2 load_four(const View& v, int64_t at, bool whole) {
-  const auto* x = static_cast<const uint16_t*>(v.data) + at;
-  if (whole) return *reinterpret_cast<const uint2*>(x);
-  const int64_t step = v.stride[3];
-  return {x[0] | static_cast<uint32_t>(x[step]) << 16,
-          x[2 * step] | static_cast<uint32_t>(x[3 * step]) << 16};
-}
 
 __device__ float2 to_floats(uint32_t pair, Dtype dtype) {
   if (dtype == Dtype::bf16)
@@ -29,77 +21,103 @@ __device__ float2 to_floats(uint32_t pair, Dtype dtype) {
   return __half22float2(as_half2(pair));
 }
 
+// Where a query row belongs. Divisions take a microsecond among them, and usually need not be done.
+struct Row {
+  int head, in_head;  // b · Hkv + h; row of that KV head
+  int b, h, s;        // of the query
+
+  __device__ Row(const DecodeTask& task, unsigned row) {
+    const AttentionProblem& p = task.problem;
+    const unsigned group = task.group, heads = static_cast<unsigned>(p.Hkv);
+    const unsigned rows = group * static_cast<unsigned>(p.Lq);
+    head = rows == 1 ? row : row / rows, in_head = row - head * rows;
+    s = p.Lq == 1 ? 0 : in_head / group;
+    b = p.B == 1 ? 0 : head / heads;
+    h = (head - b * heads) * group + in_head - s * group;
+  }
+};
+
+constexpr int kThreads = 32 * kWarps, kWordsPerThread = 4;
+
+// A block's share of the exchange's words.
+__device__ void make_unwritten(const DecodeTask& task, int block) {
+  const float unwritten = __uint_as_float(kUnwritten);
+  const int words = exchange_words(task);
+#pragma unroll
+  for (int i = 0; i < kWordsPerThread; ++i) {
+    const int word = (block * kWordsPerThread + i) * kThreads + threadIdx.x;
+    if (word < words)
+      store_to_stay(task.partials + word, {unwritten, unwritten, unwritten, unwritten});
+  }
+}
+
+// Blocks of the first kind rotate, the others make words unwritten.
 template <int D>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
     rotate_kernel(const __grid_constant__ DecodeTask task) {
-  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int column_block = blockIdx.x % (D / kColumns), row_block = blockIdx.x / (D / kColumns);
+  const int total = static_cast<int>(task.problem.B * task.problem.Hq * task.problem.Lq);
+  const int first = row_block * kRows;
+  if (first >= total) {
+    allow_next_kernel();
+    make_unwritten(task, blockIdx.x - (total + kRows - 1) / kRows * (D / kColumns));
+    return;
+  }
   const AttentionProblem& p = task.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int rows_per_head = task.group * static_cast<int>(p.Lq);
-  const int64_t total = p.B * p.Hkv * rows_per_head;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
 
-  // Lane (g, t) of step s: coordinates 16 s + 4 t .. + 3 of rows g, g + 8 and of row g of Π.
-  constexpr int kSteps = (D / 16 + kWarps - 1) / kWarps;
-  uint2 q[kSteps][2] = {};
-  float4 pi[kSteps] = {};
+  // The rows that the lane has numbers of.
   const View& query = p.query;
-  const bool whole = query.stride[3] == 1 && reinterpret_cast<uintptr_t>(query.data) % 8 == 0 &&
-                     (query.stride[0] | query.stride[1] | query.stride[2]) % 4 == 0;
+  const uint16_t* q_row[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = first + g + 8 * half;
-    if (row >= total) continue;
-    const int64_t head = row / rows_per_head;  // b · Hkv + h
-    const int in_head = static_cast<int>(row % rows_per_head);
-    const int64_t at =
-        offset_of(query, head / p.Hkv, head % p.Hkv * task.group + in_head % task.group,
-                  in_head / task.group);
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int d = 16 * (warp + i * kWarps) + 4 * t;
-      if (d < D) q[i][half] = load_four(query, at + d * query.stride[3], whole);
-    }
+    const Row row(task, min(first + g + 8 * half, total - 1));  // of no row: never stored
+    q_row[half] = static_cast<const uint16_t*>(query.data) + offset_of(query, row.b, row.h, row.s);
   }
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int d = 16 * (warp + i * kWarps) + 4 * t;
-    if (d < D)
-      pi[i] = *reinterpret_cast<const float4*>(
-          p.rotation + (static_cast<int64_t>(blockIdx.y) * kColumns + g) * D + d);
-  }
+  const float* const pi_row = p.rotation + (column_block * kColumns + g) * D;
 
-  const int64_t words =
-      static_cast<int64_t>(task.plan.partial_slots) * partial_words(D, task.plan.tile_rows) +
-      static_cast<int64_t>(task.plan.blocks) * result_words(D, task.plan.tile_rows);
-  const float unwritten = __uint_as_float(kUnwritten);
-  for (int64_t i =
-           (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
-       i < words; i += static_cast<int64_t>(gridDim.x) * gridDim.y * blockDim.x)
-    task.partials[i] = {unwritten, unwritten, unwritten, unwritten};  // results follow partials
-
+  // Lane (g, t) of step s: coordinates 16 s + 4 t .. + 3 of rows g, g + 8 and of row g of Π.
   float c[4] = {}, largest[2] = {};
+  constexpr int kAtOnce = D <= 16 * kWarps ? 1 : D <= 256 ? 2 : 4;
+#pragma unroll 1
+  for (int from = warp; from < D / 16; from += kAtOnce * kWarps) {
+    uint2 q[kAtOnce][2] = {};
+    float4 pi[kAtOnce] = {};
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    float x[2][4];
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int d = 16 * (from + i * kWarps) + 4 * t;
+      if (d >= D) break;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 a = to_floats(q[i][half].x, query.dtype),
-                   b = to_floats(q[i][half].y, query.dtype);
-      x[half][0] = a.x, x[half][1] = a.y, x[half][2] = b.x, x[half][3] = b.y;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) largest[half] = fmaxf(largest[half], fabsf(x[half][j]));
+      for (int half = 0; half < 2; ++half)
+        q[i][half] = *reinterpret_cast<const uint2*>(q_row[half] + d);
+      pi[i] = *reinterpret_cast<const float4*>(pi_row + d);
     }
-    const float r[4] = {pi[i].x, pi[i].y, pi[i].z, pi[i].w};
 #pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      const float a[4] = {x[0][j], x[1][j], x[0][j + 1], x[1][j + 1]};
-      const float high0 = __uint_as_float(__float_as_uint(r[j]) & 0xFFFFE000);
-      const float high1 = __uint_as_float(__float_as_uint(r[j + 1]) & 0xFFFFE000);
-      mma_tf32(c, a, r[j] - high0, r[j + 1] - high1);
-      mma_tf32(c, a, high0, high1);
+    for (int i = 0; i < kAtOnce; ++i) {
+      float x[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 a = to_floats(q[i][half].x, query.dtype),
+                     b = to_floats(q[i][half].y, query.dtype);
+        x[half][0] = a.x, x[half][1] = a.y, x[half][2] = b.x, x[half][3] = b.y;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) largest[half] = fmaxf(largest[half], fabsf(x[half][j]));
+      }
+      const float r[4] = {pi[i].x, pi[i].y, pi[i].z, pi[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const float a[4] = {x[0][j], x[1][j], x[0][j + 1], x[1][j + 1]};
+        const float high0 = __uint_as_float(__float_as_uint(r[j]) & 0xFFFFE000);
+        const float high1 = __uint_as_float(__float_as_uint(r[j + 1]) & 0xFFFFE000);
+        mma_tf32(c, a, r[j] - high0, r[j + 1] - high1);
+        mma_tf32(c, a, high0, high1);
+      }
     }
   }
+
+  // Only now: the next kernel's first deed is to keep the memory busy.
+  allow_next_kernel();
 
   __shared__ float sums[kWarps][kRows][kColumns];
   __shared__ float maxima[kWarps][kRows];
@@ -114,8 +132,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   __syncthreads();
 
   const int mine = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
-  const int64_t row = first + mine;
-  if (row >= total) return;
+  if (first + mine >= total) return;
   float sum = 0, most = 0;
   for (int w = 0; w < kWarps; ++w) {
     sum += sums[w][mine][column];
@@ -126,27 +143,31 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int exponent = min(max(static_cast<int>(__float_as_uint(most) >> 23) - 127, -120), 120);
   const float down = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
   const float up = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
-  const int64_t head = row / rows_per_head;
-  const int in_head = static_cast<int>(row % rows_per_head);
+  const Row row(task, first + mine);
+  const int tile = task.plan.row_tiles == 1 ? 0 : row.in_head / task.plan.tile_rows;
   const int64_t at =
-      (head * task.plan.row_tiles + in_head / task.plan.tile_rows) * task.plan.tile_rows +
-      in_head % task.plan.tile_rows;
-  task.q[at * D + blockIdx.y * kColumns + column] =
-      __float2half(p.scale < 0 ? -sum * down : sum * down);
+      static_cast<int64_t>(row.head * task.plan.row_tiles + tile) * task.plan.tile_rows +
+      row.in_head - tile * task.plan.tile_rows;
+  __half* const q = task.q + at * query_stride(D);
+  q[column_block * kColumns + column] =
+      __float2half(task.problem.scale < 0 ? -sum * down : sum * down);
   // Positive, so that a hidden score of -inf stays what it is, and 1 over it is finite.
-  if (blockIdx.y == 0 && column == 0)
-    task.q_scale[at] = fmaxf(
-        fabsf(p.scale) * up * (1.4426950408889634f / (sqrtf(static_cast<float>(D)) * kLevelScale)),
-        1e-30f);
+  if (column_block == 0 && column == 0)
+    *reinterpret_cast<float*>(q + D) =
+        fmaxf(fabsf(task.problem.scale) * up *
+                  (1.4426950408889634f / (sqrtf(static_cast<float>(D)) * kLevelScale)),
+              1e-30f);
 }
 
 template <int D>
 cudaError_t launch(const DecodeTask& task, cudaStream_t stream) {
   const AttentionProblem& p = task.problem;
-  const int64_t rows = p.B * p.Hq * p.Lq;
-  const dim3 grid(static_cast<unsigned>((rows + kRows - 1) / kRows), D / kColumns);
-  rotate_kernel<D><<<grid, 32 * kWarps, 0, stream>>>(task);
-  return cudaGetLastError();
+  const int rows = static_cast<int>(p.B * p.Hq * p.Lq);
+  const int rotating = (rows + kRows - 1) / kRows * (D / kColumns);
+  const int filling =
+      (exchange_words(task) + kWordsPerThread * kThreads - 1) / (kWordsPerThread * kThreads);
+  return launch_beside_previous(rotate_kernel<D>, dim3(rotating + filling), kThreads, 0, stream,
+                                task);
 }
 
 }  // namespace

@@ -23,8 +23,10 @@ inline const char* uniform(const char* p) {
   const uint64_t high = static_cast<uint32_t>(uniform(static_cast<int>(bits >> 32)));
   return reinterpret_cast<const char*>(high << 32 | low);
 }
-inline void pin(float&) {}
 inline int keep(int x) { return x; }
+struct Thread {
+  int x = threadIdx.x, warp = x / 32, lane = x % 32, g = lane / 4, t = lane % 4;
+};
 inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 // The machine always elects the same lane, but which one is not specified.
 inline __attribute__((always_inline)) bool elect_one() {
@@ -41,18 +43,14 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) { e
 inline uint32_t transpose8x8(uint32_t x) { return emu::transpose8x8(x); }
 
 inline uint32_t shared_address(const void* p) { return emu::shared_offset(p); }
+inline uint32_t load_shared(uint32_t address) { return *reinterpret_cast<const uint32_t*>(emu::shared_pointer(address)); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emu::mbarrier_init(barrier, arrivals); }
 inline void barrier_init_fence() {}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emu::mbarrier_arrive(barrier, 1, bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emu::mbarrier_wait(barrier, parity); }
-inline uint64_t evict_first() { return 0x12F0000000000000ull; }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  emu::copy_bulk(to, from, bytes, barrier);
-}
-inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {  // as it was
-  if (policy != evict_first()) emu::error("copy_bulk: the cache policy %llx is none", (unsigned long long)policy);
   emu::copy_bulk(to, from, bytes, barrier);
 }
 #endif
@@ -77,7 +75,6 @@ inline void store_word(float4* p, float4 v) {
   *p = v;
   emu::touch();
 }
-inline float4 load_relaxed(const float4* p) { return load_word(p); }  // as they were called
-inline void store_relaxed(float4* p, float4 v) { store_word(p, v); }
+inline void store_to_stay(float4* p, float4 v) { *p = v; }
 
 }  // namespace tq::cuda

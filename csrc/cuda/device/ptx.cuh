@@ -35,6 +35,17 @@ __device__ inline int keep(int x) {
   return x;
 }
 
+// threadIdx.x, read anew, and what a fragment's lanes are named by. What is computed from it is not
+// kept in registers while other code runs, as the compiler does with what never changes.
+struct Thread {
+  int x, warp, lane, g, t;
+
+  __device__ Thread() {
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    warp = x / 32, lane = x % 32, g = lane / 4, t = lane % 4;
+  }
+};
+
 // Bits of a where the mask has ones, of b elsewhere.
 __device__ inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t c;
@@ -92,6 +103,12 @@ __device__ inline uint32_t transpose8x8(uint32_t x) {
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
 }
 
 // ----------------------------------------------------------------------------- asynchronous copies
@@ -207,6 +224,14 @@ __device__ inline void store_word(float4* p, float4 v) {
       "st.relaxed.gpu.global.b128 [%0], v;\n}" ::"l"(p),
       "l"(low), "l"(high)
       : "memory");
+}
+
+// A store whose place shall stay in the L2 although much else goes through it (the value that
+// createpolicy makes of evict_last).
+__device__ inline void store_to_stay(float4* p, float4 v) {
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w), "l"(0x14F0000000000000)
+               : "memory");
 }
 
 }  // namespace tq::cuda

@@ -9,6 +9,11 @@
 
 namespace tq::cuda {
 
+// Where units come from: unit 0, the others follow.
+struct UnitSource {
+  const char *rows, *norms;
+};
+
 template <int D, int kSlots>
 class Ring {
   using T = Tile<D>;
@@ -18,39 +23,46 @@ class Ring {
   static constexpr int kAhead = kSlots / 2;  // units
 
   // `slots`, `barriers` (8 bytes each): this warp's. All lanes of the warp together, as below.
-  __device__ Ring(char* slots, char* barriers)
-      : slots_(slots), barriers_(shared_address(barriers)) {
+  __device__ Ring(char* slots, char* barriers) : slots_(slots), barriers_(barriers) {}
+
+  // Before anything else.
+  __device__ void init() {
     if (threadIdx.x % 32 == 0) {
-      for (int i = 0; i < kSlots; ++i) barrier_init(barriers_ + 8 * i, 1);
+      for (int i = 0; i < kSlots; ++i) barrier_init(barrier(i), 1);
       barrier_init_fence();
     }
     __syncwarp();
   }
 
   // Starts to fill slot `slot` with the first `count` positions of a unit; the norms of the others
-  // become zero. Every lane has read what the slot held before. Layout: T::Keys or T::Values.
-  template <class Layout>
-  __device__ void fill(int slot, const char* rows, const char* norms, int count) {
+  // become zero. Every lane has read what the slot held before. Keys in even slots, values in odd.
+  // `source` lies in shared memory, since the loop over units needs the registers.
+  template <int kValues>
+  __device__ void fill(int slot, const UnitSource& source, int unit, int count) {
     __syncwarp();
     if (count >= kUnit)
-      copy<Layout>(slot, rows, norms, kUnit * T::kRow, kUnit * 2);
+      copy<kValues>(slot, source, unit, kUnit * T::kRow, kUnit * 2);
     else
-      fill_part<Layout>(slot, rows, norms, count);
+      fill_part<kValues>(slot, source, unit, count);
   }
 
   // Slot `slot`, once it is full for the `round`-th time.
   __device__ const char* wait(int slot, uint32_t round) {
-    barrier_wait(barriers_ + 8 * slot, round & 1);
+    barrier_wait(barrier(slot), round & 1);
     __syncwarp();
     return slots_ + slot * T::kBytes;
   }
 
  private:
+  __device__ uint32_t barrier(int slot) { return shared_address(barriers_) + 8 * slot; }
+
   // The last unit. What is no multiple of 16 bytes goes by hand: a few norms, and half of 16 bytes
   // of D = 80.
-  template <class Layout>
-  __device__ void fill_part(int slot, const char* rows, const char* norms, int count) {
+  template <int kValues>
+  __device__ void fill_part(int slot, const UnitSource& source, int unit, int count) {
     char* const to = slots_ + slot * T::kBytes;
+    const char* const rows = source.rows + static_cast<int64_t>(unit) * T::kUnitBytes;
+    const char* const norms = source.norms + unit * (kUnit * 2);
     const int lane = threadIdx.x % 32;
     if (lane >= (count & ~7))
       reinterpret_cast<uint16_t*>(to + T::kNorms)[lane] =
@@ -60,27 +72,30 @@ class Ring {
       if (byte < count * T::kRow)
         *reinterpret_cast<uint32_t*>(to + byte) = *reinterpret_cast<const uint32_t*>(rows + byte);
     }
-    copy<Layout>(slot, rows, norms, count * T::kRow & ~15, count * 2 & ~15);
+    copy<kValues>(slot, source, unit, count * T::kRow & ~15, count * 2 & ~15);
   }
 
-  template <class Layout>
-  __device__ void copy(int slot, const char* rows, const char* norms, int bytes, int norm_bytes) {
+  template <int kValues>
+  __device__ void copy(int slot, const UnitSource& source, int unit, int bytes, int norm_bytes) {
+    using Layout = T::template Side<kValues>;
     const uint32_t to = shared_address(slots_) + slot * T::kBytes;
     if (elect_one()) {
-      const uint32_t barrier = barriers_ + 8 * slot;
-      barrier_expect(barrier, bytes + norm_bytes);
+      const uint32_t full = barrier(slot);
+      const UnitSource from = source;
+      const char* const rows = from.rows + static_cast<int64_t>(unit) * T::kUnitBytes;
+      barrier_expect(full, bytes + norm_bytes);
 #pragma unroll
       for (int block = 0; block < Layout::kBlocks; ++block) {
         const int first = block * Layout::kRows * T::kRow;
         const int mine = min(bytes - first, Layout::kRows * T::kRow);
-        if (mine > 0) copy_bulk(to + first + block * Layout::kShift, rows + first, mine, barrier);
+        if (mine > 0) copy_bulk(to + first + block * Layout::kShift, rows + first, mine, full);
       }
-      if (norm_bytes > 0) copy_bulk(to + T::kNorms, norms, norm_bytes, barrier);
+      if (norm_bytes > 0)
+        copy_bulk(to + T::kNorms, from.norms + unit * (kUnit * 2), norm_bytes, full);
     }
   }
 
-  char* slots_;
-  uint32_t barriers_;
+  char *slots_, *barriers_;
 };
 
 }  // namespace tq::cuda

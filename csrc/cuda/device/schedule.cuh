@@ -19,6 +19,9 @@
 
 namespace tq::cuda {
 
+// What to ask segment_at() for: the block's first segment, none.
+inline constexpr uint32_t kFirst = ~0u, kNone = ~1u;
+
 struct Segment {
   uint32_t next;  // what to ask for the segment after this one
   int item, b, h, row_tile;
@@ -26,9 +29,9 @@ struct Segment {
   int first_unit;           // of the item
   int from, to;             // this block's units, counted from first_unit
   int first_block, blocks;  // that share the item
+  int rank;                 // of this block among them
 
   __device__ bool whole() const { return blocks == 1; }
-  __device__ int rank() const { return blockIdx.x - first_block; }
 };
 
 __device__ inline uint32_t divide_up(uint32_t n, uint32_t by) { return (n + by - 1) / by; }
@@ -73,7 +76,7 @@ __device__ inline uint32_t span(const DecodeTask& task, int b) {
   return max(static_cast<uint32_t>(measure(task.problem, s)), task.plan.min_span);
 }
 
-// The segment of this block at a place on the line; ~0: its first one. All threads of a warp
+// The segment of this block at a place on the line; kFirst: its first one. All threads of a warp
 // together; seldom, and so out of line.
 __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, uint32_t place) {
   const uint32_t lane = threadIdx.x % 32, rows = task.problem.B, items = task.plan.items;
@@ -84,10 +87,10 @@ __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, u
   const uint32_t blocks = min(max(divide_up(total, task.plan.min_units), min(items, most)), most);
   const Cut line(total, blocks);
   const uint32_t end = line.begin(blockIdx.x + 1);
-  if (place == ~0u) place = line.begin(blockIdx.x);
+  if (place == kFirst) place = line.begin(blockIdx.x);
 
   Segment none = {};
-  none.next = ~0u;
+  none.next = kNone;
   if (blockIdx.x >= blocks || place >= end) return none;
 
   // 32 batch rows at a time: the first whose end lies beyond the place.
@@ -114,11 +117,12 @@ __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, u
   const uint32_t item_begin = before + of_row * (span_here / per_row);
   const uint32_t item_end = item_begin + span_here / per_row;
   const int units = measure(task.problem, s);
-  s.next = item_end;
+  s.next = item_end < end ? item_end : kNone;
   s.from = place - item_begin;
   s.to = min(static_cast<int>(min(end, item_end) - item_begin), units);
   s.first_block = line.part_of(item_begin);
   s.blocks = line.part_of(item_end - 1) - s.first_block + 1;
+  s.rank = blockIdx.x - s.first_block;
   return s;
 }
 
@@ -126,42 +130,44 @@ __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, u
 __device__ inline Segment known_uniform(Segment s) {
   s.from = uniform(s.from), s.to = uniform(s.to);
   s.first_unit = uniform(s.first_unit), s.length = uniform(s.length);
+  s.blocks = uniform(s.blocks);
   return s;
 }
 
-// The segment of this block that `next` names; ~0: its first one. No blocks: there is none. All
-// threads of a warp together.
+// The segment of this block that `next` names. No blocks: there is none. All threads of a warp
+// together.
 __device__ inline Segment segment_at(const DecodeTask& task, uint32_t next) {
   const DecodePlan& plan = task.plan;
-  if (plan.blocks_per_item == 0) return known_uniform(segment_on_line(task, next));
-  const bool first = next == ~0u;
+  const bool first = next == kFirst;
   Segment s;
   s.blocks = 0;
+  if (next == kNone) return s;
+  if (plan.blocks_per_item == 0) return segment_on_line(task, next);
   if (plan.blocks_per_item == 1) {
     const uint32_t begin = blockIdx.x * plan.items_per_block;
     const uint32_t end = min(begin + plan.items_per_block, static_cast<uint32_t>(plan.items));
     if (first) next = begin;
-    if (next >= end) return s;
     s = segment_of_item(task, next);
-    s.next = next + 1;
+    s.next = next + 1 < end ? next + 1 : kNone;
     s.from = 0;
     s.to = measure(task.problem, s);
     s.first_block = blockIdx.x;
     s.blocks = 1;
-  } else if (first) {
-    const uint32_t item = blockIdx.x / plan.blocks_per_item;
-    s = segment_of_item(task, item);
-    s.next = 0;
-    s.first_block = item * plan.blocks_per_item;
+    s.rank = 0;
+  } else {
+    s = segment_of_item(task, blockIdx.y);
+    s.next = kNone;
+    s.first_block = blockIdx.y * plan.blocks_per_item;
+    s.rank = blockIdx.x;
     const uint32_t units = measure(task.problem, s);
     const uint32_t worth = divide_up(max(units, plan.min_span), plan.min_units);
     const uint32_t blocks = min(worth, static_cast<uint32_t>(plan.blocks_per_item));
     const Cut cut(units, blocks);
-    s.from = cut.begin(s.rank());
-    s.to = cut.begin(s.rank() + 1);
-    s.blocks = static_cast<uint32_t>(s.rank()) < blocks ? blocks : 0;
+    s.from = cut.begin(blockIdx.x);
+    s.to = cut.begin(blockIdx.x + 1);
+    s.blocks = blockIdx.x < blocks ? blocks : 0;
   }
-  return known_uniform(s);
+  return s;
 }
 
 }  // namespace tq::cuda

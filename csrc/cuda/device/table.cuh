@@ -18,12 +18,12 @@ struct Table {
   static constexpr int kStride = 256;
   static constexpr int kBytes = 256 * kStride;
 
-  // All threads of the block. `level`: of number threadIdx.x % 16.
-  static __device__ void fill(char* table, __half level) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const uint32_t bits = __half_as_ushort(level);
+  // All warps of the block but the first. Levels: centroids · scale.
+  static __device__ void fill(char* table, const float* centroids, float scale) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32 - 1;
+    const uint32_t bits = __half_as_ushort(__float2half(centroids[lane % 16] * scale));
     // Four words at a time: eight lanes write the 32 repetitions of one.
-    for (int first = threadIdx.x / 32 * 4; first < 256; first += 4 * warps) {
+    for (int first = (threadIdx.x / 32 - 1) * 4; first < 256; first += 4 * warps) {
       const int byte = first + lane / 8;
       const uint32_t high = __shfl_sync(~0u, bits, byte >> 4);
       const uint32_t word = high | __shfl_sync(~0u, bits, byte & 15) << 16;
@@ -31,10 +31,10 @@ struct Table {
     }
   }
 
-  // The levels of byte `which` of a word. `lane4`: 4 · lane.
-  static __device__ uint32_t levels(const char* table, uint32_t word, int which, uint32_t lane4) {
+  // The levels of byte `which` of a word. `table`: its shared address; `lane4`: 4 · lane.
+  static __device__ uint32_t levels(uint32_t table, uint32_t word, int which, uint32_t lane4) {
     const uint32_t at = __byte_perm(word, lane4, 0x7604 | which << 4);  // lane4, the byte, 0, 0
-    return *reinterpret_cast<const uint32_t*>(table + at);
+    return load_shared(table + at);
   }
 };
 

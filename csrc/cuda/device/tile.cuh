@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace tq::cuda {
 
@@ -23,7 +24,7 @@ inline constexpr int kUnit = 32;  // positions
 
 template <int D>
 struct Tile {
-  static constexpr int kRow = D / 2;  // bytes
+  static constexpr int kRow = D / 2, kUnitBytes = kUnit * kRow;
   // Blocks of equal numbers of rows, and how far each is shifted.
   template <int kBlocks_, int kShift_>
   struct Layout {
@@ -36,6 +37,8 @@ struct Tile {
   static constexpr bool kLongRows = kRow % 128 == 0;
   using Keys = Layout<kLongRows ? 2 : 1, 64>;
   using Values = Layout<kLongRows ? 4 : kRow == 64 ? 2 : 1, 32>;
+  template <int kValues>
+  using Side = std::conditional_t<kValues, Values, Keys>;
   static constexpr int kNorms = kUnit * kRow + (kLongRows ? 96 : kRow == 64 ? 32 : 0);
   static constexpr int kBytes = kNorms + kUnit * 2;
 
