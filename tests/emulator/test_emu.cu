@@ -60,8 +60,8 @@ __global__ void ring(const uint32_t* in, int words, uint64_t* out) {
   auto fill = [&](int i) {
     if (i >= n || lane) return;
     barrier_expect(bar + 8 * (i % kSlots), 256);
-    copy_bulk(shared_address(slots + i % kSlots * 256), in + 64 * i, 128, bar + 8 * (i % kSlots), evict_first());
-    copy_bulk(shared_address(slots + i % kSlots * 256 + 128), in + 64 * i + 32, 128, bar + 8 * (i % kSlots), evict_first());
+    copy_bulk(shared_address(slots + i % kSlots * 256), in + 64 * i, 128, bar + 8 * (i % kSlots));
+    copy_bulk(shared_address(slots + i % kSlots * 256 + 128), in + 64 * i + 32, 128, bar + 8 * (i % kSlots));
   };
   for (int i = 0; i < kSlots; ++i) fill(i);
   uint64_t sum = 0;
@@ -101,11 +101,11 @@ __global__ void ring_old(const uint32_t* in, int chunks, uint32_t* out) {
 
 // Every block tells every other; polling.
 __global__ void exchange(float4* mail, float* out) {
-  store_relaxed(&mail[blockIdx.x * blockDim.x + threadIdx.x], make_float4(blockIdx.x + 1, threadIdx.x, 0, 1));
+  store_word(&mail[blockIdx.x * blockDim.x + threadIdx.x], make_float4(blockIdx.x + 1, threadIdx.x, 0, 1));
   float sum = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) {
     float4 v;
-    do v = load_relaxed(&mail[b * blockDim.x + threadIdx.x]);
+    do v = load_word(&mail[b * blockDim.x + threadIdx.x]);
     while (__float_as_uint(v.w) == 0xFFFFFFFFu);
     sum += v.x;
   }
@@ -133,12 +133,12 @@ __global__ void trouble(int kind, char* g) {
   if (kind == 0 && threadIdx.x < 16) __syncthreads();
   if (kind == 0) __shfl_sync(~0u, 1, 0);
   if (kind == 1) s[1024 + 4096 * 0 + threadIdx.x % 1] = 1;
-  if (kind == 2) { if (threadIdx.x == 0) { barrier_init(b, 1); barrier_expect(b, 64); copy_bulk(shared_address(s), g, 48, b, evict_first()); } __syncthreads(); barrier_wait(b, 0); }
-  if (kind == 3 && threadIdx.x == 0) { barrier_init(b, 1); barrier_expect(b, 64); copy_bulk(shared_address(s), g + 8, 64, b, evict_first()); }
-  if (kind == 4) while (__float_as_uint(load_relaxed(reinterpret_cast<float4*>(g)).x) != 17) {}
+  if (kind == 2) { if (threadIdx.x == 0) { barrier_init(b, 1); barrier_expect(b, 64); copy_bulk(shared_address(s), g, 48, b); } __syncthreads(); barrier_wait(b, 0); }
+  if (kind == 3 && threadIdx.x == 0) { barrier_init(b, 1); barrier_expect(b, 64); copy_bulk(shared_address(s), g + 8, 64, b); }
+  if (kind == 4) while (__float_as_uint(load_word(reinterpret_cast<float4*>(g)).x) != 17) {}
   if (kind == 5) reinterpret_cast<volatile uint4*>(s + 4)->x = 1;
   if (kind == 6) barrier_wait(b, 0);
-  if (kind == 7 && threadIdx.x == 0) { barrier_init(b, 1); barrier_expect(b, 64); copy_bulk(shared_address(s), g, 64, b, evict_first()); }
+  if (kind == 7 && threadIdx.x == 0) { barrier_init(b, 1); barrier_expect(b, 64); copy_bulk(shared_address(s), g, 64, b); }
   if (kind == 8) s[1000 + threadIdx.x] = 1;
 }
 
