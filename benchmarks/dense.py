@@ -45,15 +45,17 @@ def sdpa(backend: SDPBackend, Lq: int, L: int) -> Attention:
 
 
 def packed_sdpa(backend: SDPBackend, Lq: int, L: int, group: int) -> Attention:
-    """The same with the heads of a group as rows of one head, for kernels that know no groups."""
+    """The same with the heads of a group as rows of one head, for kernels that know no groups.
+
+    Its output stays ``[B, Hkv, group · Lq, D]``.
+    """
     mask = causal_bias(Lq, L, group * Lq) if Lq > 1 else None
 
     def run(query: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, _, _, D = query.shape
         rows = query.view(B, k.shape[1], group * Lq, D)
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-        return out.view(query.shape)
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
     return run
 
