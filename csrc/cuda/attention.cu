@@ -50,7 +50,7 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
 }
 
 // Whether the decode kernels of this library are more than empty on the current device: they are
-// written for Hopper and its successors in data centres (decode_finish.cuh), and what counts is the
+// written for Hopper and its successors in data centres (decode_block.cuh), and what counts is the
 // architecture that the code in use was compiled for.
 __global__ void compiled_for() {}
 

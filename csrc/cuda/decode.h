@@ -45,7 +45,7 @@ struct DecodeTask {
   // [items][tile_rows][query_stride]: D numbers, rotated and scaled by a power of two; behind them
   // a float, what makes a product with levels a score in log2 units.
   __half* q;
-  float4* partials;  // [partial_slots · (result_words + row_pairs)], see decode_finish.cuh
+  float4* partials;  // [partial_slots · (result_words + row_pairs)], see decode_block.cuh
   float4* results;   // [result_slots][result_words], normalised; directly behind the partials
 };
 
