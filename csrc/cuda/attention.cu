@@ -4,6 +4,7 @@
 
 #include "decode.h"
 #include "kernels.h"
+#include "tuned.h"
 
 namespace tq::cuda {
 
@@ -82,17 +83,7 @@ bool is_decode(const AttentionProblem& p) {
            (norms.stride[2] == 1 || p.Lkv <= 1) && norms.stride[1] % 8 == 0 &&
            norms.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(norms.data) % 16 == 0;
   };
-  switch (p.D) {
-    case 64:
-    case 80:
-    case 96:
-    case 128:
-    case 192:
-    case 256:
-    case 512: break;
-    default: return false;
-  }
-  return device_decodes() && query && streams(p.k_packed, p.k_norms) &&
+  return tuned_dim(p.D) && device_decodes() && query && streams(p.k_packed, p.k_norms) &&
          streams(p.v_packed, p.v_norms) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0 &&
          p.Lkv < (int64_t{1} << 30) && p.B * p.Hkv * p.Lkv / 32 + p.B * p.Hq * p.Lq < INT32_MAX / 4;
 }
@@ -152,15 +143,7 @@ cudaError_t launch_attention(const AttentionProblem& p, void* workspace, int mul
   lay_out(&task, static_cast<char*>(workspace));
   if (const cudaError_t error = launch_rotate_query(task, stream); error != cudaSuccess)
     return error;
-  switch (p.D) {
-    case 64: return launch_decode<64>(task, stream);
-    case 80: return launch_decode<80>(task, stream);
-    case 96: return launch_decode<96>(task, stream);
-    case 128: return launch_decode<128>(task, stream);
-    case 192: return launch_decode<192>(task, stream);
-    case 256: return launch_decode<256>(task, stream);
-    default: return launch_decode<512>(task, stream);
-  }
+  return for_tuned_dim(p.D, [&](auto dim) { return launch_decode<dim>(task, stream); });
 }
 
 }  // namespace tq::cuda

@@ -18,6 +18,7 @@
 #include "device/element.cuh"
 #include "kernels.h"
 #include "prepare.h"
+#include "tuned.h"
 
 namespace tq::cuda {
 
@@ -27,24 +28,6 @@ struct CompressProblems {
 };
 
 constexpr int kRows = 16;  // vectors to a warp
-
-// The head dims that have kernels of their own.
-constexpr bool tuned_dim(int64_t D) {
-  return D == 64 || D == 80 || D == 96 || D == 128 || D == 192 || D == 256 || D == 512;
-}
-// f(D), with D a constant of its type.
-template <class F>
-auto for_tuned_dim(int64_t D, F f) {
-  switch (D) {
-    case 64: return f(std::integral_constant<int, 64>());
-    case 80: return f(std::integral_constant<int, 80>());
-    case 96: return f(std::integral_constant<int, 96>());
-    case 128: return f(std::integral_constant<int, 128>());
-    case 192: return f(std::integral_constant<int, 192>());
-    case 256: return f(std::integral_constant<int, 256>());
-    default: return f(std::integral_constant<int, 512>());
-  }
-}
 
 TQ_HOST_DEVICE constexpr int chunks_of(int D) { return (D + 31) / 32; }
 

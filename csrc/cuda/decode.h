@@ -14,6 +14,8 @@ namespace tq::cuda {
 // 0.004 % instead of 0.02 %.
 inline constexpr float kLevelScale = 1.26017f;
 
+inline constexpr float kLog2e = 1.4426950408889634f;
+
 // How the work is cut (device/schedule.cuh), as far as it does not depend on the lengths.
 struct DecodePlan {
   int blocks;           // at most one per multiprocessor

@@ -35,7 +35,6 @@ inline constexpr float kNothing = -1e30f;  // max before any key
 inline constexpr uint32_t kOverHeadroom = 0x7FFF7FFF - 0x5C005C00;  // 0x5C00: 256 in fp16
 inline constexpr float kLargestSum = 0x1p90f;
 inline constexpr float kLeastNorm = -80.0f;
-inline constexpr float kLog2e = 1.4426950408889634f;
 
 // What the block needs to know of a query row.
 struct RowInfo {

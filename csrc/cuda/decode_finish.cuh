@@ -128,12 +128,12 @@ struct Finish : Block<D, kNT> {
               for (int j = 0; j < 4; ++j) {
                 const int n = 16 * m + 8 * (j % 2);
                 a[j] = n < S::kRows ? at[n * S::kResultStride + j / 2 * 4] : 0;
-                low[j] = a[j] - tf32(a[j]);
+                low[j] = a[j] - tf32_part(a[j]);
               }
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
                 mma_tf32(c[m][j], low, b[j][0], b[j][1]);
-                mma_tf32(c[m][j], a, b[j][0] - tf32(b[j][0]), b[j][1] - tf32(b[j][1]));
+                mma_tf32(c[m][j], a, b[j][0] - tf32_part(b[j][0]), b[j][1] - tf32_part(b[j][1]));
                 mma_tf32(c[m][j], a, b[j][0], b[j][1]);
               }
             }
@@ -166,9 +166,6 @@ struct Finish : Block<D, kNT> {
       }
     }
   };
-
-  // The part of a number that tf32 keeps.
-  static __device__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000); }
 
   // ------------------------------------------------------------------------------------- the end
   // Brings a segment that is one of several of its item to an end, or one of the two steps of it;

@@ -9,6 +9,7 @@
 #include "device/element.cuh"
 #include "device/ptx.cuh"
 #include "prepare.h"
+#include "tuned.h"
 
 namespace tq::cuda {
 namespace {
@@ -108,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
 #pragma unroll
       for (int j = 0; j < 4; j += 2) {
         const float a[4] = {x[0][j], x[1][j], x[0][j + 1], x[1][j + 1]};
-        const float high0 = __uint_as_float(__float_as_uint(r[j]) & 0xFFFFE000);
-        const float high1 = __uint_as_float(__float_as_uint(r[j + 1]) & 0xFFFFE000);
+        const float high0 = tf32_part(r[j]), high1 = tf32_part(r[j + 1]);
         mma_tf32(c, a, r[j] - high0, r[j + 1] - high1);
         mma_tf32(c, a, high0, high1);
       }
@@ -153,10 +153,9 @@ __global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
       __float2half(task.problem.scale < 0 ? -sum * down : sum * down);
   // Positive, so that a hidden score of -inf stays what it is, and 1 over it is finite.
   if (column_block == 0 && column == 0)
-    *reinterpret_cast<float*>(q + D) =
-        fmaxf(fabsf(task.problem.scale) * up *
-                  (1.4426950408889634f / (sqrtf(static_cast<float>(D)) * kLevelScale)),
-              1e-30f);
+    *reinterpret_cast<float*>(q + D) = fmaxf(
+        fabsf(task.problem.scale) * up * (kLog2e / (sqrtf(static_cast<float>(D)) * kLevelScale)),
+        1e-30f);
 }
 
 template <int D>
@@ -173,16 +172,7 @@ cudaError_t launch(const DecodeTask& task, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_rotate_query(const DecodeTask& task, cudaStream_t stream) {
-  switch (task.problem.D) {
-    case 64: return launch<64>(task, stream);
-    case 80: return launch<80>(task, stream);
-    case 96: return launch<96>(task, stream);
-    case 128: return launch<128>(task, stream);
-    case 192: return launch<192>(task, stream);
-    case 256: return launch<256>(task, stream);
-    case 512: return launch<512>(task, stream);
-  }
-  return cudaErrorInvalidValue;
+  return for_tuned_dim(task.problem.D, [&](auto dim) { return launch<dim>(task, stream); });
 }
 
 }  // namespace tq::cuda

@@ -40,6 +40,7 @@ inline __attribute__((always_inline)) bool elect_one() {
 
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emu::mma_f16(c, a, b0, b1); }
 inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) { emu::mma_tf32(c, a, b0, b1); }
+inline float tf32_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000); }
 inline uint32_t transpose8x8(uint32_t x) { return emu::transpose8x8(x); }
 
 inline uint32_t shared_address(const void* p) { return emu::shared_offset(p); }

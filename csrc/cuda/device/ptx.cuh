@@ -91,6 +91,11 @@ __device__ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, fl
         "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
+// The part of a number that tf32 keeps.
+__device__ inline float tf32_part(float x) {
+  return __uint_as_float(__float_as_uint(x) & 0xFFFFE000);
+}
+
 // The transpose of an 8 x 8 matrix of 16-bit numbers, of which each lane holds row g, columns 2t
 // and 2t + 1.
 __device__ inline uint32_t transpose8x8(uint32_t x) {
