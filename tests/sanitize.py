@@ -127,6 +127,8 @@ def main() -> None:
 def run(dims: list[int], quiet: bool) -> None:
     if not (torch.cuda.is_available() and tq.ops.HAS_CUDA):
         raise SystemExit("sanitize.py: needs a GPU and the CUDA kernels")
+    # The tools slow blocks a hundredfold: none shall give up waiting for others because of that.
+    torch.ops.turboquant._cuda_patience(1 << 50)
     count, wrong = 0, []
     for dim in dims:
         for cases in (codec_cases, update_cases, attention_cases):
