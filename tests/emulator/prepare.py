@@ -51,6 +51,18 @@ def matching(text, at, left, right):
     raise ValueError("unbalanced")
 
 
+def opening(text, at, left, right):
+    depth = 0
+    for i in range(at, -1, -1):
+        if text[i] == right:
+            depth += 1
+        elif text[i] == left:
+            depth -= 1
+            if depth == 0:
+                return i
+    raise ValueError("unbalanced")
+
+
 def launches(text):
     while True:
         m = masked(text)
@@ -61,28 +73,8 @@ def launches(text):
         i = at - 1
         while m[i].isspace():
             i -= 1
-        if m[i] == ">":
-            depth = 0
-            while True:
-                if m[i] == ">":
-                    depth += 1
-                elif m[i] == "<":
-                    depth -= 1
-                    if depth == 0:
-                        break
-                i -= 1
-            i -= 1
-        elif m[i] == ")":
-            depth = 0
-            while True:
-                if m[i] == ")":
-                    depth += 1
-                elif m[i] == "(":
-                    depth -= 1
-                    if depth == 0:
-                        break
-                i -= 1
-            i -= 1
+        if m[i] in ">)":
+            i = opening(m, i, "<" if m[i] == ">" else "(", m[i]) - 1
         while i >= 0 and (m[i].isalnum() or m[i] in "_:.[]"):
             i -= 1
         begin = i + 1
