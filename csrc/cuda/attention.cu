@@ -102,9 +102,8 @@ int64_t lay_out(DecodeTask* task, char* memory) {
   task->q = reinterpret_cast<__half*>(
       take(rows * query_stride(static_cast<int>(p.D)) * int64_t{sizeof(__half)}));
   task->partials = reinterpret_cast<float4*>(take(exchange_words(*task) * int64_t{sizeof(float4)}));
-  task->results =
-      task->partials + static_cast<int64_t>(plan.partial_slots) *
-                           (result_words(static_cast<int>(p.D), plan.row_pairs) + plan.row_pairs);
+  task->results = task->partials + static_cast<int64_t>(plan.partial_slots) *
+                                       partial_words(static_cast<int>(p.D), plan.row_pairs);
   return size;
 }
 

@@ -178,7 +178,7 @@ class Decoder {
   static __device__ void make_alone(Work* w) {
     w->next = kNone;
     w->from = 0, w->to = static_cast<int>(divide_up(w->length, kUnit)) - w->first_unit;
-    w->first_block = w->rank = 0, w->blocks = 1, w->team = F::team_of(1);
+    w->rank = 0, w->blocks = 1, w->team = F::team_of(1);
   }
 
   // -------------------------------------------------------------------------------- the copies
@@ -567,8 +567,7 @@ __global__ void __maxnreg__((DecodeShape<D, kNT>::kRegisters))
 template <int D, int kNT>
 cudaError_t launch_decode_rows(const DecodeTask& task, cudaStream_t stream) {
   using Shape = DecodeShape<D, kNT>;
-  unsigned multiprocessors;
-  const cudaError_t error = prepare<decode_kernel<D, kNT>>(Shape::kBytes, &multiprocessors);
+  const cudaError_t error = prepare<decode_kernel<D, kNT>>(Shape::kBytes);
   if (error != cudaSuccess) return error;
   const int shared_by = task.plan.blocks_per_item;
   const dim3 grid = shared_by > 1 ? dim3(shared_by, task.plan.items) : dim3(task.plan.blocks);

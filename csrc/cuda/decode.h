@@ -47,7 +47,7 @@ struct DecodeTask {
   // [items][tile_rows][query_stride]: D numbers, rotated and scaled by a power of two; behind them
   // a float, what makes a product with levels a score in log2 units.
   __half* q;
-  float4* partials;  // [partial_slots · (result_words + row_pairs)], see decode_block.cuh
+  float4* partials;  // [partial_slots · partial_words], see decode_block.cuh
   float4* results;   // [result_slots][result_words], normalised; directly behind the partials
 };
 
@@ -56,10 +56,16 @@ TQ_HOST_DEVICE constexpr int query_stride(int dim) { return dim + 8; }
 // A result's words: {row a, row b, row a, row b} of coordinates {d, d, d + 1, d + 1}.
 TQ_HOST_DEVICE constexpr int result_words(int dim, int row_pairs) { return row_pairs * dim / 2; }
 
+// Words of a block's sums: a result's, and the states of each pair of rows.
+TQ_HOST_DEVICE constexpr int partial_words(int dim, int row_pairs) {
+  return result_words(dim, row_pairs) + row_pairs;
+}
+
 TQ_HOST_DEVICE inline int exchange_words(const DecodeTask& task) {
   const DecodePlan& plan = task.plan;
-  const int of_result = result_words(static_cast<int>(task.problem.D), plan.row_pairs);
-  return plan.partial_slots * (of_result + plan.row_pairs) + plan.result_slots * of_result;
+  const int dim = static_cast<int>(task.problem.D);
+  return plan.partial_slots * partial_words(dim, plan.row_pairs) +
+         plan.result_slots * result_words(dim, plan.row_pairs);
 }
 
 // Words of the exchange hold this until they are written: a NaN that no arithmetic produces.

@@ -198,7 +198,7 @@ struct Block {
     // places are counted from twice its first block.
     const bool line = task.plan.blocks_per_item == 0;
     w->partials = task.partials + static_cast<int64_t>(line ? 2 * s.first_block : s.first_block) *
-                                      (w->words + w->pairs);
+                                      partial_words(D, w->pairs);
     w->result = task.results + static_cast<int64_t>(line ? s.first_block : s.item) * w->words;
     const int unseen = p.causal ? static_cast<int>(p.Lq) - 1 : 0;  // by token 0
     const int seen_by_all =
@@ -278,6 +278,7 @@ struct Block {
           query(step, n / 8)[n % 8 * 4 + chunk % 4] = parts[half];
         }
       } else if (i < kQueryPieces) {
+        // Positive, so that a hidden score of -inf stays what it is, and 1 over it is finite.
         *query_scale(n) = fmaxf(__uint_as_float(piece.x), 1e-30f);
       }
       i += S::kThreads;

@@ -185,6 +185,19 @@ struct Finish : Block<D, kNT> {
     return true;
   }
 
+  // Combines each number over the lanes of a team.
+  template <int kBatch, int kNumbers, class Combine>
+  static __device__ void over_team(int team, float (&x)[kBatch][kNumbers], Combine combine) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+      if (lanes < team)
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int c = 0; c < kNumbers; ++c)
+            x[i][c] = combine(x[i][c], __shfl_xor_sync(~0u, x[i][c], lanes));
+  }
+
   // Adds up all blocks' sums of this block's words, and publishes the results. False: some did not
   // come in time. Needs no other warp.
   static __device__ bool reduce(const Work& w) {
@@ -238,14 +251,7 @@ struct Finish : Block<D, kNT> {
       float most[kBatch][2], sum[kBatch][6];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) most[i][0] = all[i].x, most[i][1] = all[i].z;
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-        if (lanes < team)
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-            for (int c = 0; c < 2; ++c)
-              most[i][c] = fmaxf(most[i][c], __shfl_xor_sync(~0u, most[i][c], lanes));
+      over_team(team, most, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const float own0 = exp2_fast(all[i].x - most[i][0]);
@@ -254,13 +260,7 @@ struct Finish : Block<D, kNT> {
         sum[i][2] = total[i].z * own0, sum[i][3] = total[i].w * own1;
         sum[i][4] = all[i].y * own0, sum[i][5] = all[i].w * own1;
       }
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-        if (lanes < team)
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-            for (int c = 0; c < 6; ++c) sum[i][c] += __shfl_xor_sync(~0u, sum[i][c], lanes);
+      over_team(team, sum, [](float a, float b) { return a + b; });
       in_time = __all_sync(~0u, in_time);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)

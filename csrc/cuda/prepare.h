@@ -8,13 +8,14 @@
 
 namespace tq::cuda {
 
-// Lets a kernel have so much shared memory, once on each device, and counts the multiprocessors.
+// Lets a kernel have so much shared memory, once on each device, and counts the multiprocessors
+// for who wants to know.
 template <auto kKernel>
-cudaError_t prepare(int shared_bytes, unsigned* multiprocessors) {
+cudaError_t prepare(int shared_bytes, unsigned* multiprocessors = nullptr) {
   static std::atomic<uint64_t> prepared{0};
   int device = 0, number = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
+  if (error == cudaSuccess && multiprocessors)
     error = cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (error == cudaSuccess && !(prepared & bit)) {
@@ -22,7 +23,7 @@ cudaError_t prepare(int shared_bytes, unsigned* multiprocessors) {
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error == cudaSuccess) prepared |= bit;
   }
-  *multiprocessors = number;
+  if (multiprocessors) *multiprocessors = number;
   return error;
 }
 

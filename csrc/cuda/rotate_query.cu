@@ -151,11 +151,9 @@ __global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
   __half* const q = task.q + at * query_stride(D);
   q[column_block * kColumns + column] =
       __float2half(task.problem.scale < 0 ? -sum * down : sum * down);
-  // Positive, so that a hidden score of -inf stays what it is, and 1 over it is finite.
   if (column_block == 0 && column == 0)
-    *reinterpret_cast<float*>(q + D) = fmaxf(
-        fabsf(task.problem.scale) * up * (kLog2e / (sqrtf(static_cast<float>(D)) * kLevelScale)),
-        1e-30f);
+    *reinterpret_cast<float*>(q + D) =
+        fabsf(task.problem.scale) * up * (kLog2e / (sqrtf(static_cast<float>(D)) * kLevelScale));
 }
 
 template <int D>

@@ -17,12 +17,6 @@ inline __attribute__((always_inline)) int uniform(int x) {
   if (any != all) emu::warning("uniform(): %d, but not in all lanes", x);
   return static_cast<int>(any);
 }
-inline const char* uniform(const char* p) {
-  const auto bits = reinterpret_cast<uint64_t>(p);
-  const uint64_t low = static_cast<uint32_t>(uniform(static_cast<int>(bits)));
-  const uint64_t high = static_cast<uint32_t>(uniform(static_cast<int>(bits >> 32)));
-  return reinterpret_cast<const char*>(high << 32 | low);
-}
 inline int keep(int x) { return x; }
 struct Thread {
   int x = threadIdx.x, warp = x / 32, lane = x % 32, g = lane / 4, t = lane % 4;

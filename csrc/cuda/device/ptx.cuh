@@ -22,12 +22,6 @@ __device__ inline __half2 as_half2(uint32_t x) { return *reinterpret_cast<__half
 // The same number, known to be the same in all lanes of the warp: instructions that take only
 // uniform operands, such as bulk copies, are then issued once, not in a loop over the lanes.
 __device__ inline int uniform(int x) { return __reduce_or_sync(~0u, x); }
-__device__ inline const char* uniform(const char* p) {
-  const auto bits = reinterpret_cast<uint64_t>(p);
-  const uint64_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(bits));
-  const uint64_t high = __reduce_or_sync(~0u, static_cast<uint32_t>(bits >> 32));
-  return reinterpret_cast<const char*>(high << 32 | low);
-}
 
 // Hides where x comes from, so that it is kept in a register and not computed again.
 __device__ inline int keep(int x) {

@@ -126,14 +126,6 @@ __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, u
   return s;
 }
 
-// What the loop over units counts with, as uniform numbers.
-__device__ inline Segment known_uniform(Segment s) {
-  s.from = uniform(s.from), s.to = uniform(s.to);
-  s.first_unit = uniform(s.first_unit), s.length = uniform(s.length);
-  s.blocks = uniform(s.blocks);
-  return s;
-}
-
 // The segment of this block that `next` names. No blocks: there is none. All threads of a warp
 // together.
 __device__ inline Segment segment_at(const DecodeTask& task, uint32_t next) {
