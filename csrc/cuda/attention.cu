@@ -19,8 +19,9 @@ int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to); }
 // How the work is cut. Items that are equally long are dealt out evenly wherever that leaves few
 // multiprocessors idle, else they lie on a line.
 DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
-  // 128 of an H200's 132 draw the memory's full rate; the rest may rotate the queries meanwhile.
-  const int most = multiprocessors - multiprocessors / 32;
+  // 128 of an H200's 132 draw the memory's full rate. D 512 is bound by look-ups, and wants them
+  // all.
+  const int most = p.D > 256 ? multiprocessors : multiprocessors - multiprocessors / 32;
   DecodePlan plan = {};
   const int64_t rows = p.Hq / p.Hkv * p.Lq;
   const int most_rows = p.D <= 128 ? 32 : p.D <= 256 ? 16 : 8;
@@ -45,7 +46,7 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
 
   // A block with less than a unit for each of its 16 warps costs more in the exchange than it
   // brings. But the rotation of a long vector is itself worth the company: D · D numbers.
-  plan.min_units = p.D <= 128 ? 16 : 1;
+  plan.min_units_log2 = p.D <= 128 ? 4 : 0;
   plan.min_span = p.D <= 128 ? 1 : static_cast<uint32_t>(p.D) / 8;
   return plan;
 }

@@ -15,7 +15,7 @@
 // Then the warps' sums are added in shared memory, and blocks that share an item exchange theirs
 // (decode_finish.cuh).
 //
-// Shared memory: table 64 KB, rings 128 KB, the rest 6 to 20 KB.
+// Shared memory: table 64 KB, rings 68 to 138 KB, the rest 6 to 20 KB.
 // Cost per 32 keys of D = 128, in passes of shared memory: 128 look-ups, 32 loads of bytes, 8 of
 // norms; about 540 instructions a warp, 2 per coordinate, of which 128 permutations and 32
 // products. With 128 multiprocessors at work that is just faster than memory delivers.
@@ -55,33 +55,23 @@ class Decoder {
   // memory. The block's first segment stays in place 0, since other blocks may have parts of its
   // item; the others take places 1 and 2 in turn.
   static __device__ void run(const DecodeTask& task) {
-    // One warp finds out what to do, the others fill the table.
-    if (threadIdx.x < 32) {
-      const Segment s = segment_at(task, kFirst);
-      if (threadIdx.x == 0) F::describe(task, s, F::work(0));
-    } else {
-      Table::fill(shared(), task.problem.centroids, sqrtf(static_cast<float>(D)) * kLevelScale);
-      if (threadIdx.x == 32) F::describe(task);
-    }
+    const float centroid = task.problem.centroids[threadIdx.x % 16];
     Warp().ring.init();
+    if (!(task.plan.blocks_per_item > 0 ? start_even(task) : start_on_line(task))) return;
+    Table::fill<S::kWarps>(shared(), centroid, sqrtf(static_cast<float>(D)) * kLevelScale);
+    if (threadIdx.x == 32) F::describe(task);
+    F::describe_places();
     __syncthreads();
-    if (F::work(0)->blocks == 0) return;
+    wait_for_previous_kernel();  // the rotated queries, the exchange's words (rotate_query.cu)
+    begin(0, 0);
+    __syncthreads();
     uint32_t turn = 0;  // units that went through this warp's ring
-    int place = 0, last = 0, to_rotate = -1;
-    bool first = true;
+    int place = 0, last = 0;
 #pragma unroll 1
     for (;;) {
-      // The copies of a segment run during the rotation of the one before.
-      const Work& w = *F::work(place);
-      copy_ahead(w, turn, 0, 1);
-      if (to_rotate >= 0) F::finish(to_rotate, F::kRotate, true);
-      if (first) wait_for_previous_kernel();  // the rotated queries, the exchange's words
-      begin(place, turn);
-      __syncthreads();
       turn = attend(place, turn);
-      first = false;
-
-      to_rotate = w.whole() ? place : -1;
+      const Work& w = *F::work(place);
+      int to_rotate = w.whole() ? place : -1;
       const bool more = w.next != kNone && next_segment(task, place);
       if (to_rotate >= 0 || more) {
         fence_before_copies();  // the rings held the sums
@@ -89,15 +79,20 @@ class Decoder {
       }
       if (more) {
         place = last = place == 1 ? 2 : 1;
-        continue;
+      } else {
+        if (to_rotate >= 0) F::finish(place, F::kRotate, true);
+        // Whoever waits too long for other blocks does the whole item alone (decode_finish.cuh).
+        place = uniform(exchange(last, place));
+        if (place < 0) return;
+        if (threadIdx.x == 0) make_alone(F::work(place));
+        to_rotate = -1;
+        fence_before_copies();
+        __syncthreads();
       }
-      if (to_rotate >= 0) F::finish(place, F::kRotate, true);
-      // Whoever waits too long for other blocks does the whole item alone (decode_finish.cuh).
-      const int late = uniform(exchange(last, place));
-      if (late < 0) return;
-      if (threadIdx.x == 0) make_alone(F::work(late));
-      place = late, to_rotate = -1;
-      fence_before_copies();
+      // The copies of a segment run during the rotation of the one before.
+      copy_first_keys(*F::work(place), F::work(place)->units[0], turn);
+      if (to_rotate >= 0) F::finish(to_rotate, F::kRotate, true);
+      begin(place, turn);
       __syncthreads();
     }
   }
@@ -116,24 +111,47 @@ class Decoder {
                shared() + S::kBarriers + number * S::kSlots * 8) {}
   };
 
-  // What there is to do for a segment while its first units are under way.
+  // The first segment, by each warp for itself, so that the first copies are issued as soon as the
+  // length is there. False: there is none.
+  static __device__ bool start_even(const DecodeTask& task) {
+    const Segment s = segment_at(task, first_even_item(task.plan));
+    if (s.blocks == 0) return false;
+    copy_first_keys(s, F::units_of(task.k, task.k_norms, s), 0);
+    if (threadIdx.x == 0) F::describe(task, s, F::work(0));
+    return true;
+  }
+
+  // The same on the line, where one warp finds out for all.
+  static __device__ bool start_on_line(const DecodeTask& task) {
+    plan(task, kFirst, F::work(0));
+    __syncthreads();
+    if (F::work(0)->blocks == 0) return false;
+    copy_first_keys(*F::work(0), F::work(0)->units[0], 0);
+    return true;
+  }
+
+  // Describes the segment that `next` names, by one warp.
+  static __device__ void plan(const DecodeTask& task, uint32_t next, Work* w) {
+    if (threadIdx.x >= 32) return;
+    const Segment s = segment_at(task, next);
+    if (threadIdx.x == 0) F::describe(task, s, w);
+  }
+
+  // What there is to do for a segment while its first keys are under way. The queries come before
+  // other copies are issued, behind which they would wait for microseconds.
   static __device__ void begin(int place, uint32_t turn) {
     const Work& w = *F::work(place);
     const typename F::Queries queries = F::load_queries(w);
     F::describe_rows(w);
-    // Issuing copies is slow while many are under way: only the first unit's came before.
-    copy_ahead(w, uniform(turn), 1, S::Slots::kAhead);
     F::keep_queries(queries);
+    copy_ahead(w, turn);
   }
 
   // Describes the segment after the one in `place` where the next one belongs. Whether there is
   // one.
   static __device__ bool next_segment(const DecodeTask& task, int place) {
     Work* const next = F::work(place == 1 ? 2 : 1);
-    if (threadIdx.x < 32) {
-      const Segment s = segment_at(task, F::work(place)->next);
-      if (threadIdx.x == 0) F::describe(task, s, next);
-    }
+    plan(task, F::work(place)->next, next);
     __syncthreads();
     return next->blocks > 0;
   }
@@ -178,32 +196,42 @@ class Decoder {
   static __device__ void make_alone(Work* w) {
     w->next = kNone;
     w->from = 0, w->to = static_cast<int>(divide_up(w->length, kUnit)) - w->first_unit;
+    w->warps = min(w->to, S::kWarps);
     w->rank = 0, w->blocks = 1, w->team = F::team_of(1);
   }
 
   // -------------------------------------------------------------------------------- the copies
   // Unit n of this warp in a segment is unit from + warp + n · warps of the item. The ring is ahead
-  // by kAhead units and empty between segments; `turn` counts the units that went through it.
-  static __device__ void copy_ahead(const Work& w, uint32_t turn, int from, int to) {
+  // by kAhead units and empty between segments; `turn` counts the units that went through it. The
+  // first keys are copied as early as can be.
+  static __device__ void copy_first_keys(const Segment& s, const UnitSource& keys, uint32_t turn) {
     Warp warp;
-    const int first = uniform(w.from) + warp.number, end = uniform(w.to),
-              keys = uniform(keys_of(w));
+    const int unit = uniform(s.from) + warp.number, pair = turn % S::Slots::kAhead;
+    if (unit < uniform(s.to)) warp.ring.template fill<0>(2 * pair, keys, unit, keys_of(s, unit));
+  }
+  // The rest of the first kAhead units.
+  static __device__ void copy_ahead(const Work& w, uint32_t turn) {
+    Warp warp;
+    turn = uniform(turn);
+    const int end = uniform(w.to), keys_here = uniform(keys_of(w, 0));
+    int unit = uniform(w.from) + warp.number;
 #pragma unroll 1
-    for (int i = from; i < to; ++i) {
-      const int unit = first + i * S::kWarps, pair = (turn + i) % S::Slots::kAhead;
-      fill<0>(warp.ring, w, pair, unit, end, keys);
-      fill<1>(warp.ring, w, pair, unit, end, keys);
+    for (int i = 0; i < S::Slots::kAhead; ++i, unit += S::kWarps) {
+      const int pair = (turn + i) % S::Slots::kAhead;
+      if (i > 0) fill<0>(warp.ring, w, pair, unit, end, keys_here);
+      fill<1>(warp.ring, w, pair, unit, end, keys_here);
     }
   }
-  // From the first unit on.
-  static __device__ int keys_of(const Work& w) { return w.length - w.first_unit * kUnit; }
   // Keys or values of a unit, unless it is none of the segment.
   template <int kValues>
   static __device__ void fill(Ring<D, S::kSlots>& ring, const Work& w, int pair, int unit, int end,
                               int keys) {
     if (unit < end)
-      ring.template fill<kValues>(2 * pair + kValues, w.units[kValues], unit,
-                                  min(kUnit, keys - unit * kUnit));
+      ring.template fill<kValues>(2 * pair + kValues, w.units[kValues], unit, keys - unit * kUnit);
+  }
+  // Of a unit and what follows it.
+  static __device__ int keys_of(const Segment& s, int unit) {
+    return s.length - (s.first_unit + unit) * kUnit;
   }
 
   // --------------------------------------------------------------------------------- attention
@@ -244,10 +272,7 @@ class Decoder {
         for (int c = 0; c < 4; ++c) o_[i][nt][c] = 0;
 
     const Thread me;
-    const int key_at = keep(T::Keys::offset(T::position(0, me.g)) + T::key_byte(0, me.t));
-    const int even_at = keep(T::Values::offset(T::position(0, 2 * me.t)) + T::value_byte(0, me.g));
-    const int odd_at =
-        keep(T::Values::offset(T::position(0, 2 * me.t + 1)) + T::value_byte(0, me.g));
+    const auto [key_at, even_at, odd_at] = F::places()[me.lane];
     const int norm_at = keep(T::kNorms + 2 * T::position(0, me.g));
     // From tile 0 to tile 1, from row r to row r + 8: as many positions for every r.
     constexpr int kTileStep = T::position(1, 0) - T::position(0, 0);
@@ -259,7 +284,7 @@ class Decoder {
     };
 
     Warp warp;
-    const int keys_here = uniform(keys_of(w)), end = uniform(w.to);
+    const int keys_here = uniform(keys_of(w, 0)), end = uniform(w.to);
     const int plain_from = uniform(w.plain_from), plain_to = uniform(w.plain_to);
 #pragma unroll 1
     for (int unit = uniform(w.from) + warp.number; unit < end; unit += S::kWarps) {
@@ -492,8 +517,7 @@ class Decoder {
         for (int c = 0; c < 2; ++c)
           atomicMax(F::block_max(8 * nt + 2 * me.t + c), F::ordered(max_[nt][c]));
     __syncthreads();
-    const int pairs = w.pairs;
-    const int warps = min(w.to - w.from, S::kWarps);  // that had something to do
+    const int pairs = w.pairs, words = w.words, warps = w.warps;
 #pragma unroll
     for (int nt = 0; nt < kNT; ++nt) {
       float own[2];
@@ -507,38 +531,47 @@ class Decoder {
         for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
         if (me.g == 0) *F::warp_sum(me.warp, n) = sum * own[c];
       }
-      float4* const mine = F::fragments() + me.warp * S::kFragments * 32 + me.lane;
-      if (4 * nt + me.t < pairs && me.warp < warps)
+      const int pair = 4 * nt + me.t;
+      float4* const mine = F::word_of_warp(pairs, me.warp, pair * (D / 2)) + me.g;
+      if (pair < pairs && me.warp < warps)
 #pragma unroll
         for (int i = 0; i < S::kTiles; ++i)
-          mine[(i * kNT + nt) * 32] = {o_[i][nt][0] * own[0], o_[i][nt][1] * own[1],
-                                       o_[i][nt][2] * own[0], o_[i][nt][3] * own[1]};
+          mine[i * 8] = {o_[i][nt][0] * own[0], o_[i][nt][1] * own[1], o_[i][nt][2] * own[0],
+                         o_[i][nt][3] * own[1]};
     }
     __syncthreads();
     const bool whole = w.whole();
+    constexpr int kShare = S::kShare;
 #pragma unroll 1
-    for (int f = me.warp; f < S::kFragments; f += S::kWarps) {
-      const int pair = 4 * (f % kNT) + me.t;
-      if (pair >= pairs) continue;
-      const int coordinates = T::value_coordinate_pair(f / kNT, me.g);
+    for (int base = me.warp * (32 / kShare); base < words; base += S::kThreads / kShare) {
+      const int word = base + me.lane / kShare;
       float4 total = {};
-#pragma unroll 8
-      for (int i = 0; i < warps; ++i) {
-        const float4 part = F::fragments()[(i * S::kFragments + f) * 32 + me.lane];
-        total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
+#pragma unroll
+      for (int i = 0; i < S::kWarps; i += kShare)
+        if (const int from = i + me.lane % kShare; from < warps && word < words) {
+          const float4 part = *F::word_of_warp(pairs, from, word);
+          total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
+        }
+#pragma unroll
+      for (int lanes = 1; lanes < kShare; lanes *= 2) {
+        total.x += __shfl_xor_sync(~0u, total.x, lanes);
+        total.y += __shfl_xor_sync(~0u, total.y, lanes);
+        total.z += __shfl_xor_sync(~0u, total.z, lanes);
+        total.w += __shfl_xor_sync(~0u, total.w, lanes);
       }
+      if (me.lane % kShare != 0 || word >= words) continue;
       if (whole)
-        F::write_result(pair * (D / 2) + coordinates, total);
+        F::write_result(word, total);
       else
-        store_word(F::partial(w, coordinates, w.rank) + pair, total);
+        store_word(F::partial(w, word % (D / 2), w.rank) + word / (D / 2), total);
     }
     if (me.warp == S::kWarps - 1) {
       // Lanes that share a row share the warps.
-      constexpr int kShare = 32 / S::kRows;
+      constexpr int kOfRow = 32 / S::kRows;
       const int n = me.lane % S::kRows;
       State all = {F::from_ordered(*F::block_max(n)), 0};
 #pragma unroll
-      for (int i = 0; i < S::kWarps; i += kShare)
+      for (int i = 0; i < S::kWarps; i += kOfRow)
         all.sum += *F::warp_sum(i + me.lane / S::kRows, n);
 #pragma unroll
       for (int lanes = S::kRows; lanes < 32; lanes *= 2)
@@ -570,7 +603,8 @@ cudaError_t launch_decode_rows(const DecodeTask& task, cudaStream_t stream) {
   const cudaError_t error = prepare<decode_kernel<D, kNT>>(Shape::kBytes);
   if (error != cudaSuccess) return error;
   const int shared_by = task.plan.blocks_per_item;
-  const dim3 grid = shared_by > 1 ? dim3(shared_by, task.plan.items) : dim3(task.plan.blocks);
+  const dim3 grid =
+      shared_by > 0 ? dim3(shared_by, task.plan.blocks / shared_by) : dim3(task.plan.blocks);
   return launch_beside_previous(decode_kernel<D, kNT>, grid, Shape::kThreads, Shape::kBytes, stream,
                                 task);
 }

@@ -27,8 +27,13 @@ struct DecodePlan {
   int items_per_block;  // where at least one of the two is 1
   int partial_slots;    // places for a block's sums of an item that it shares
   int result_slots;     // places for such an item's result
-  uint32_t min_units;   // with fewer units a block is not worth its share of the exchange
+  int min_units_log2;   // with fewer units a block is not worth its share of the exchange
   uint32_t min_span;    // an item's rotation is worth as many blocks as this many units
+
+  // How many blocks so many units are worth.
+  TQ_HOST_DEVICE uint32_t worth(uint32_t units) const {
+    return ((units > min_span ? units : min_span) + (1u << min_units_log2) - 1) >> min_units_log2;
+  }
 };
 
 // Packed bytes or norms of all heads, with strides in 16 bytes.

@@ -28,6 +28,9 @@ struct State {
   float max, sum;
 };
 
+// So many words a block reads in less time than it takes to exchange twice.
+inline constexpr int kDirectWords = 4096;
+
 inline constexpr float kNothing = -1e30f;  // max before any key
 // Before max is raised, weights times norms may grow to 256, and sums of weights to 2^90, which
 // they do only where norms are tiny: log2 of a norm counts as no less than -80. (Were it less, a
@@ -50,8 +53,10 @@ struct RowInfo {
 struct alignas(16) Work : Segment {
   UnitSource units[2];        // keys, values
   float4 *partials, *result;  // of the item, see below
+  int warps;                  // that have units
   int rows, pairs, words;     // query rows; pairs of them and words that are exchanged
   int team;                   // warps that rotate a group of coordinates together
+  bool direct;                // blocks that rotate read all the sums themselves
   int plain_from, plain_to;   // units whose keys all rows see, if there is no softcap
 };
 
@@ -68,6 +73,12 @@ struct alignas(16) Frame {
   bool causal;
 };
 
+// Where a lane finds its bytes in a unit (device/tile.cuh): of a key tile's first row, of a value
+// tile's even and odd row.
+struct alignas(16) Places {
+  int key, even, odd;
+};
+
 // Sizes. kNT: tiles of 8 query rows.
 template <int D, int kNT>
 struct DecodeShape {
@@ -81,7 +92,7 @@ struct DecodeShape {
   // So many steps of the queries are kept in registers, the rest in shared memory: as many as make
   // no other register spill.
   static constexpr int kQuerySteps = D * kNT <= 256 ? kTiles : kNT == 1 ? 16 : 1;
-  static constexpr int kRegisters = D > 256 ? 255 : 65536 / kThreads * 15 / 16;
+  static constexpr int kRegisters = 65536 / kThreads * 15 / 16;
   // The rotation's pieces: 32 coordinates x 16 rows.
   static constexpr int kOutGroups = (D + 31) / 32;
   static constexpr int kRowTiles = (kRows + 15) / 16;
@@ -91,16 +102,24 @@ struct DecodeShape {
   static_assert(kWarps * kRows <= 256);
   static constexpr int kStateBytes = (1 + kWarps) * kRows * 4;
   static constexpr int kWorkBytes = 3 * sizeof(Work), kFrameBytes = sizeof(Frame);
+  static constexpr int kPlacesBytes = 32 * static_cast<int>(sizeof(Places));
   static_assert(kWorkBytes % 16 == 0 && kFrameBytes % 16 == 0);
   static constexpr int kResultBytes = kRows * kResultStride * 4;
-  static constexpr int kFixedBytes = Table::kBytes + kResultBytes + kStateBytes +
-                                     kRows * static_cast<int>(sizeof(RowInfo)) + kWorkBytes +
-                                     kFrameBytes;
   // rotate_query.cu needs some shared memory, too: 3 KB with what the system takes.
   static constexpr int kLimit = 224 * 1024;
-  static constexpr int kFit = (kLimit - kFixedBytes) / (kWarps * (Tile<D>::kBytes + 8));
-  static constexpr int kSlots = kFit >= 8 ? 8 : kFit / 2 * 2;
-  static_assert(kSlots >= 2);
+  // So many units ahead that 64 KB are under way: enough for any memory. (More than the copy engine
+  // takes would block its queue, and with it every other access to shared memory.)
+  static constexpr int kUnitBytes = kWarps * 2 * Tile<D>::kBytes;
+  static constexpr int kAhead = (64 * 1024 + kUnitBytes - 1) / kUnitBytes;
+  // In the end the rings hold the warps' sums: for each pair of rows, a word for each pair of
+  // coordinates, with gaps so that pairs of rows begin in other banks. Where there are more threads
+  // than words, four share one and read four warps' words at once, which must not share banks
+  // either.
+  static constexpr int kShare = kNT == 1 && kWarps == 16 ? 4 : 1;
+  static constexpr int kPairWords = D / 2 + 2, kWarpGap = kShare > 1 ? 2 : 0;
+  static constexpr int kSumsBytes = (kRows / 2 * kPairWords + kWarpGap) * 16;
+  static constexpr int kHolding = (kSumsBytes + 2 * Tile<D>::kBytes - 1) / (2 * Tile<D>::kBytes);
+  static constexpr int kSlots = 2 * (kAhead > kHolding ? kAhead : kHolding);
   using Slots = Ring<D, kSlots>;
   static constexpr int kRing = Table::kBytes;
   static constexpr int kResult = kRing + kWarps * Slots::kBytes;
@@ -108,10 +127,11 @@ struct DecodeShape {
   static constexpr int kRowInfo = kStates + kStateBytes;
   static constexpr int kWork = kRowInfo + kRows * static_cast<int>(sizeof(RowInfo));
   static constexpr int kFrame = kWork + kWorkBytes;
-  static constexpr int kBarriers = kFrame + kFrameBytes;
+  static constexpr int kPlaces = kFrame + kFrameBytes;
+  static constexpr int kBarriers = kPlaces + kPlacesBytes;
   static constexpr int kBytes = kBarriers + kWarps * kSlots * 8;
   static_assert(kBytes <= kLimit);
-  static_assert(kFragments * 512 <= Slots::kBytes);  // a warp's accumulators fit into its ring
+  static_assert(kSumsBytes <= Slots::kBytes);
 };
 
 template <int D, int kNT>
@@ -128,9 +148,11 @@ struct Block {
   static __device__ float* result(int n, int d) {
     return reinterpret_cast<float*>(shared() + S::kResult) + n * S::kResultStride + d;
   }
-  // A word of it, as blocks exchange them.
+  // A word of it, as blocks exchange them: a pair of rows, a pair of coordinates. Words follow each
+  // other as the accumulators hold them: by lane groups, then by tiles, then by rows.
   static __device__ void write_result(int word, float4 v) {
-    const int n = word / (D / 2) * 2, d = word % (D / 2) * 2;
+    const int c = word % (D / 2), n = word / (D / 2) * 2;
+    const int d = 2 * T::value_coordinate_pair(c / 8, c % 8);
     *reinterpret_cast<float2*>(result(n, d)) = {v.x, v.z};
     *reinterpret_cast<float2*>(result(n + 1, d)) = {v.y, v.w};
   }
@@ -154,14 +176,19 @@ struct Block {
   static __device__ float from_ordered(int bits) {
     return __int_as_float(bits ^ (bits >> 31 & INT32_MAX));
   }
-  // [warps][kFragments][32]: the rings, while nothing is copied into them.
-  static __device__ float4* fragments() { return reinterpret_cast<float4*>(shared() + S::kRing); }
+  // A warp's word, where the rings are while nothing is copied into them.
+  static __device__ float4* word_of_warp(int pairs, int warp, int word) {
+    return reinterpret_cast<float4*>(shared() + S::kRing) +
+           warp * (pairs * S::kPairWords + S::kWarpGap) + word / (D / 2) * S::kPairWords +
+           word % (D / 2);
+  }
   static __device__ RowInfo* row_info() {
     return reinterpret_cast<RowInfo*>(shared() + S::kRowInfo);
   }
   static __device__ Work* work(int place) {
     return reinterpret_cast<Work*>(shared() + S::kWork) + place;
   }
+  static __device__ Places* places() { return reinterpret_cast<Places*>(shared() + S::kPlaces); }
   static __device__ Frame* frame() { return reinterpret_cast<Frame*>(shared() + S::kFrame); }
 
   // ------------------------------------------------------------------------------- descriptions
@@ -175,13 +202,14 @@ struct Block {
     };
     return {at(rows, T::kUnitBytes), at(norms, kUnit * 2)};
   }
-  // What a block publishes: [coordinate pairs, then the states {max, sum, max, sum}][blocks][row
-  // pairs], so that whole sectors of memory are written.
+  // What a block publishes: [words' coordinate pairs, then the states {max, sum, max, sum}][blocks]
+  // [row pairs], so that whole sectors of memory are written.
   static __device__ float4* partial(const Work& w, int coordinates, int block) {
     return w.partials + (coordinates * w.blocks + block) * w.pairs;
   }
   // Warps for each group of coordinates that a block rotates, where so many blocks share an item.
   static __device__ int team_of(int blocks) {
+    if (blocks >= S::kOutGroups) return S::kWarps;
     const int groups = divide_up(S::kOutGroups, blocks);  // for each block
     return groups >= S::kWarps ? 1 : S::kWarps >> (32 - __clz(groups - 1));
   }
@@ -192,6 +220,7 @@ struct Block {
     const AttentionProblem& p = task.problem;
     w->units[0] = units_of(task.k, task.k_norms, s);
     w->units[1] = units_of(task.v, task.v_norms, s);
+    w->warps = min(s.to - s.from, S::kWarps);
     w->rows = min(S::kRows, task.group * static_cast<int>(p.Lq) - s.row_tile * S::kRows);
     w->pairs = task.plan.row_pairs, w->words = result_words(D, w->pairs);
     // On the line a block may publish twice, for its first and its last segment, so an item's
@@ -204,8 +233,18 @@ struct Block {
     const int seen_by_all =
         s.length - (unseen == 0 ? 0 : max(unseen - s.row_tile * S::kRows / task.group, 0));
     w->team = team_of(s.blocks);
+    w->direct = !line && w->words * s.blocks <= kDirectWords;
     w->plain_from = s.start % kUnit != 0;
     w->plain_to = p.mask || p.softcap != 0 ? 0 : max(seen_by_all, 0) / kUnit - s.first_unit;
+  }
+  // The lanes' places, by one warp.
+  static __device__ void describe_places() {
+    const Thread me;
+    if (me.warp == S::kWarps - 1)
+      places()[me.lane] = {
+          T::Keys::offset(T::position(0, me.g)) + T::key_byte(0, me.t),
+          T::Values::offset(T::position(0, 2 * me.t)) + T::value_byte(0, me.g),
+          T::Values::offset(T::position(0, 2 * me.t + 1)) + T::value_byte(0, me.g)};
   }
   // The task, by one thread.
   static __device__ void describe(const DecodeTask& task) {

@@ -1,12 +1,13 @@
 // The end of the decode kernel: the way from a block's sums to the output.
 //
-// Blocks that share an item exchange through global memory in two steps, in words of 16 bytes: two
-// rows of two coordinates.
-//   1. each block publishes its sums, and adds up all blocks' sums of some words: the lanes of a
-//      warp take a block each and add up among themselves
-//   2. what they find is published again; blocks that have something to rotate collect all of it
-//      and rotate some groups of 32 coordinates: out = Πᵀ · result
-// so a block reads about as much as one block's sums and one result, however many blocks there are.
+// Blocks that share an item exchange through global memory, in words of 16 bytes: two rows of two
+// coordinates. Some of them then rotate some groups of 32 coordinates each: out = Πᵀ · result.
+//   direct, where it is not much: each block publishes its sums; those that rotate read all blocks'
+//     and add them up
+//   in two steps: each block adds up all blocks' sums of some words and publishes what it finds;
+//     those that rotate collect that. So a block reads about as much as one block's sums and one
+//     result, however many blocks there are.
+// Several lanes do a word, each for some of the blocks.
 // No flags: a word is there when it is no longer kUnwritten. Normally all blocks run at once. Where
 // other work holds multiprocessors they may not, so no block waits for longer than task.patience:
 // then it does its whole item alone, and so whoever waits for it in turn.
@@ -57,16 +58,6 @@ struct Finish : Block<D, kNT> {
     return true;
   }
 
-  // Takes in one more part of the sums of two rows. {max, sum, max, sum}: their states.
-  static __device__ void merge(float4* o, float4* all, const float4& more, const float4& part) {
-    const float most0 = fmaxf(all->x, part.x), most1 = fmaxf(all->z, part.z);
-    const float old0 = exp2_fast(all->x - most0), new0 = exp2_fast(part.x - most0);
-    const float old1 = exp2_fast(all->z - most1), new1 = exp2_fast(part.z - most1);
-    o->x = o->x * old0 + more.x * new0, o->z = o->z * old0 + more.z * new0;
-    o->y = o->y * old1 + more.y * new1, o->w = o->w * old1 + more.w * new1;
-    *all = {most0, all->y * old0 + part.y * new0, most1, all->w * old1 + part.w * new1};
-  }
-
   // ------------------------------------------------------------------------------------ rotation
   // outᵀ = Πᵀ · result, 16 rows x 32 coordinates at a time, in steps of 8 terms. (Four tiles of 8
   // coordinates: tile j has every fourth one from the j-th on, so that a lane's numbers of Π for
@@ -74,7 +65,7 @@ struct Finish : Block<D, kNT> {
   // warps in a block, which share the steps. Three tf32 products of the numbers' high and low parts
   // make one of 21 bits.
   struct Rotation {
-    static constexpr int kSteps = D / 8, kAtOnce = 4;
+    static constexpr int kSteps = D / 8, kAtOnce = D <= 128 ? 2 : 4;
     struct Numbers {
       float4 of[kAtOnce][2];
     };
@@ -174,107 +165,107 @@ struct Finish : Block<D, kNT> {
   enum Steps { kReduce = 1, kCollect = 2, kRotate = 4 };
   static __device__ __noinline__ bool finish(int place, int steps, bool in_time) {
     const Work& w = *work(place);
+    // Who has nothing to rotate is done when nobody needs it.
+    if (w.direct && w.rank >= S::kOutGroups) return true;
     const Rotation rotation(w, steps & kRotate);
     typename Rotation::Numbers pi;  // takes as long to come as words do, so is asked for early
     rotation.load(rotation.group, rotation.member, pi);
     if (steps & kReduce) in_time = reduce(w);
     if (!(steps & kRotate)) return in_time;
     if (w.rank >= S::kOutGroups) return true;  // nothing to rotate
-    if (steps & kCollect && !collect(w, in_time)) return false;
+    if (steps & kCollect && !(w.direct ? __syncthreads_and(in_time) : collect(w, in_time)))
+      return false;
     rotation.run(w, pi);
     return true;
   }
 
   // Combines each number over the lanes of a team.
-  template <int kBatch, int kNumbers, class Combine>
-  static __device__ void over_team(int team, float (&x)[kBatch][kNumbers], Combine combine) {
+  template <int kNumbers, class Combine>
+  static __device__ void over_team(int team, float (&x)[kNumbers], Combine combine) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2)
       if (lanes < team)
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-#pragma unroll
-          for (int c = 0; c < kNumbers; ++c)
-            x[i][c] = combine(x[i][c], __shfl_xor_sync(~0u, x[i][c], lanes));
+        for (int c = 0; c < kNumbers; ++c) x[c] = combine(x[c], __shfl_xor_sync(~0u, x[c], lanes));
   }
 
-  // Adds up all blocks' sums of this block's words, and publishes the results. False: some did not
-  // come in time. Needs no other warp.
+  // Adds up all blocks' sums of this block's words, and publishes the results; or of all words, for
+  // itself. False: some did not come in time. Needs no other warp.
   static __device__ bool reduce(const Work& w) {
-    // A team of lanes does a word: as many as there are blocks, rounded up to a power of two. Long
-    // results are done in batches: their words are asked for together.
-    constexpr int kBatch = D > 256 ? 2 : 1;
     const Thread me;
-    const int blocks = w.blocks, words = w.words, rank = w.rank;
-    const int team = blocks >= 32 ? 32 : 2 << (31 - __clz(blocks - 1));
+    const int blocks = w.blocks, pairs = w.pairs;
+    const bool direct = w.direct;
+    const int mine = direct ? w.words : (w.words - w.rank + blocks - 1) / blocks;
+    // A team of lanes does a word: as many as there are threads, or blocks.
+    int team = 1;
+    while (team < 32 && 2 * team * mine <= S::kThreads && team < blocks) team *= 2;
     const int per_warp = 32 / team, member = me.lane & (team - 1);
     bool in_time = true;
 #pragma unroll 1
-    for (int base = uniform(me.warp) * per_warp; base * blocks + rank < words;
-         base += S::kWarps * per_warp * kBatch) {
-      int word[kBatch];
-      float4 total[kBatch], all[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        word[i] = (base + i * S::kWarps * per_warp + me.lane / team) * blocks + rank;
-        total[i] = {}, all[i] = {kNothing, 0, kNothing, 0};
-      }
+    for (int base = uniform(me.warp) * per_warp; base < mine; base += S::kWarps * per_warp) {
+      const int here = base + me.lane / team, word = direct ? here : here * blocks + w.rank;
+      const int c = word % (D / 2), pair = word / (D / 2);
+      float4 total = {}, all = {kNothing, 0, kNothing, 0};  // {max, sum, max, sum}
+      constexpr int kAtOnce = 4;
 #pragma unroll 1
-      for (int from = member; from < blocks; from += 2 * team) {
-        float4 sums[kBatch][2], states[kBatch][2];
-        const auto wanted = [&](int i, int j) {
-          return word[i] < words && from + j * team < blocks;
-        };
-        const auto place = [&](int i, int j) {
-          return partial(w, word[i] % (D / 2), from + j * team) + word[i] / (D / 2);
-        };
-        const auto state = [&](int i, int j) {
-          return partial(w, D / 2, from + j * team) + word[i] / (D / 2);
-        };
+      for (int from = member; here < mine && from < blocks; from += kAtOnce * team) {
+        const float4* const sums_at = partial(w, c, from) + pair;
+        const float4* const states_at = partial(w, D / 2, from) + pair;
+        float4 sums[kAtOnce], states[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
+        for (int j = 0; j < kAtOnce; ++j) {
+          sums[j] = {}, states[j] = {kNothing, 0, kNothing, 0};
+          if (from + j * team < blocks) {
+            states[j] = load_word(states_at + j * team * pairs);
+            sums[j] = load_word(sums_at + j * team * pairs);
+          }
+        }
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            if (wanted(i, j))
-              sums[i][j] = load_word(place(i, j)), states[i][j] = load_word(state(i, j));
+        for (int j = 0; j < kAtOnce; ++j)
+          if (from + j * team < blocks) {
+            in_time = in_time && await(states_at + j * team * pairs, &states[j]);
+            in_time = in_time && await(sums_at + j * team * pairs, &sums[j]);
+          }
+        float most[2] = {all.x, all.z};
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
+        for (int j = 0; j < kAtOnce; ++j)
+          most[0] = fmaxf(most[0], states[j].x), most[1] = fmaxf(most[1], states[j].z);
+        scale(exp2_fast(all.x - most[0]), exp2_fast(all.z - most[1]), &total, &all);
+        all.x = most[0], all.z = most[1];
 #pragma unroll
-          for (int j = 0; j < 2; ++j)
-            if (wanted(i, j)) {
-              in_time = in_time && await(place(i, j), &sums[i][j]);
-              in_time = in_time && await(state(i, j), &states[i][j]);
-              merge(&total[i], &all[i], sums[i][j], states[i][j]);
-            }
+        for (int j = 0; j < kAtOnce; ++j) {
+          scale(exp2_fast(states[j].x - most[0]), exp2_fast(states[j].z - most[1]), &sums[j],
+                &states[j]);
+          total.x += sums[j].x, total.y += sums[j].y, total.z += sums[j].z, total.w += sums[j].w;
+          all.y += states[j].y, all.w += states[j].w;
+        }
       }
       __syncwarp();
-      float most[kBatch][2], sum[kBatch][6];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) most[i][0] = all[i].x, most[i][1] = all[i].z;
+      float most[2] = {all.x, all.z};
       over_team(team, most, [](float a, float b) { return fmaxf(a, b); });
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const float own0 = exp2_fast(all[i].x - most[i][0]);
-        const float own1 = exp2_fast(all[i].z - most[i][1]);
-        sum[i][0] = total[i].x * own0, sum[i][1] = total[i].y * own1;
-        sum[i][2] = total[i].z * own0, sum[i][3] = total[i].w * own1;
-        sum[i][4] = all[i].y * own0, sum[i][5] = all[i].w * own1;
-      }
+      scale(exp2_fast(all.x - most[0]), exp2_fast(all.z - most[1]), &total, &all);
+      float sum[6] = {total.x, total.y, total.z, total.w, all.y, all.w};
       over_team(team, sum, [](float a, float b) { return a + b; });
       in_time = __all_sync(~0u, in_time);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (word[i] < words && member == 0 && in_time) {
-          const int n = word[i] / (D / 2) * 2;
-          const int rows = word[i] % (D / 2) == 0 ? w.rows : 0;  // with an lse
-          const float factor0 = row_factor(row_info()[n], {most[i][0], sum[i][4]}, n < rows);
-          const float factor1 =
-              row_factor(row_info()[n + 1], {most[i][1], sum[i][5]}, n + 1 < rows);
-          store_word(w.result + word[i], {sum[i][0] * factor0, sum[i][1] * factor1,
-                                          sum[i][2] * factor0, sum[i][3] * factor1});
-        }
+      if (here >= mine || member > 0 || !in_time) continue;
+      if (direct) write_result(word, {sum[0], sum[1], sum[2], sum[3]});
+      if (direct && c > 0) continue;
+      const int n = 2 * pair,
+                rows = c == 0 && (!direct || w.rank == 0) ? w.rows : 0;  // with an lse
+      const float factor0 = row_factor(row_info()[n], {most[0], sum[4]}, n < rows);
+      const float factor1 = row_factor(row_info()[n + 1], {most[1], sum[5]}, n + 1 < rows);
+      if (direct)
+        row_info()[n].factor = factor0, row_info()[n + 1].factor = factor1;
+      else
+        store_word(w.result + word,
+                   {sum[0] * factor0, sum[1] * factor1, sum[2] * factor0, sum[3] * factor1});
     }
     return in_time;
+  }
+  // Sums of two rows, and their states {max, sum, max, sum} but for the max.
+  static __device__ void scale(float row0, float row1, float4* sums, float4* state) {
+    sums->x *= row0, sums->z *= row0, state->y *= row0;
+    sums->y *= row1, sums->w *= row1, state->w *= row1;
   }
 
   // Brings together the result of an item that other blocks have parts of. False: some of it did

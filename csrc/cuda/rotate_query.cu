@@ -4,7 +4,9 @@
 // A block takes 16 rows x 8 coordinates; its 4 warps split the sum over D. Products are exact tf32
 // ones: 16-bit queries are tf32 numbers, and Π goes in two parts, which together hold 21 bits. The
 // time is nothing but latency, about 1.5 µs, during which the decode kernel starts: so loads are in
-// flight together, and registers are so few that a decode block finds room beside (not for D 512).
+// flight together, and registers are so few that a block finds room beside a decode block, of this call or the last.
+#include <algorithm>
+
 #include "decode.h"
 #include "device/element.cuh"
 #include "device/ptx.cuh"
@@ -38,33 +40,12 @@ struct Row {
   }
 };
 
-constexpr int kThreads = 32 * kWarps, kWordsPerThread = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kLeastBlocks = 128;  // to make words unwritten
 
-// A block's share of the exchange's words.
-__device__ void make_unwritten(const DecodeTask& task, int block) {
-  const float unwritten = __uint_as_float(kUnwritten);
-  const int words = exchange_words(task);
-#pragma unroll
-  for (int i = 0; i < kWordsPerThread; ++i) {
-    const int word = (block * kWordsPerThread + i) * kThreads + threadIdx.x;
-    if (word < words)
-      store_to_stay(task.partials + word, {unwritten, unwritten, unwritten, unwritten});
-  }
-}
-
-// Blocks of the first kind rotate, the others make words unwritten.
+// 16 query rows from `first` on, 8 coordinates.
 template <int D>
-__global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
-    rotate_kernel(const __grid_constant__ DecodeTask task) {
-  wait_for_previous_kernel();
-  const int column_block = blockIdx.x % (D / kColumns), row_block = blockIdx.x / (D / kColumns);
-  const int total = static_cast<int>(task.problem.B * task.problem.Hq * task.problem.Lq);
-  const int first = row_block * kRows;
-  if (first >= total) {
-    allow_next_kernel();
-    make_unwritten(task, blockIdx.x - (total + kRows - 1) / kRows * (D / kColumns));
-    return;
-  }
+__device__ void rotate(const DecodeTask& task, int first, int total, int column_block) {
   const AttentionProblem& p = task.problem;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
@@ -78,9 +59,17 @@ __global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
   }
   const float* const pi_row = p.rotation + (column_block * kColumns + g) * D;
 
+  // What may have left the L2 since the last time comes back while the kernel before still runs.
+  for (int d = 32 * (4 * warp + t); d < D; d += 32 * 4 * kWarps) prefetch(pi_row + d);
+  if (threadIdx.x == 0) {
+    prefetch(p.centroids);
+    if (p.kv_len) prefetch(p.kv_len.data);
+  }
+  wait_for_previous_kernel();
+
   // Lane (g, t) of step s: coordinates 16 s + 4 t .. + 3 of rows g, g + 8 and of row g of Π.
   float c[4] = {}, largest[2] = {};
-  constexpr int kAtOnce = D <= 16 * kWarps ? 1 : D <= 256 ? 2 : 4;
+  constexpr int kAtOnce = D <= 16 * kWarps ? 1 : 2;
 #pragma unroll 1
   for (int from = warp; from < D / 16; from += kAtOnce * kWarps) {
     uint2 q[kAtOnce][2] = {};
@@ -156,15 +145,41 @@ __global__ void __launch_bounds__(kThreads, D <= 256 ? 16 : 8)
         fabsf(task.problem.scale) * up * (kLog2e / (sqrtf(static_cast<float>(D)) * kLevelScale));
 }
 
+// A block's share of the exchange's words, which nobody needs before the end.
+__device__ void make_unwritten(const DecodeTask& task) {
+  const float unwritten = __uint_as_float(kUnwritten);
+  const int words = exchange_words(task);
+#pragma unroll 4
+  for (int word = blockIdx.x * kThreads + threadIdx.x; word < words; word += gridDim.x * kThreads)
+    store_to_stay(task.partials + word, {unwritten, unwritten, unwritten, unwritten});
+}
+
+template <int D>
+__global__ void __launch_bounds__(kThreads, 16)
+    rotate_kernel(const __grid_constant__ DecodeTask task) {
+  const int column_block = blockIdx.x % (D / kColumns), row_block = blockIdx.x / (D / kColumns);
+  const int total = static_cast<int>(task.problem.B * task.problem.Hq * task.problem.Lq);
+  if (row_block * kRows < total) {
+    rotate<D>(task, row_block * kRows, total, column_block);
+  } else {
+    wait_for_previous_kernel();
+    allow_next_kernel();
+  }
+  make_unwritten(task);
+}
+
 template <int D>
 cudaError_t launch(const DecodeTask& task, cudaStream_t stream) {
   const AttentionProblem& p = task.problem;
   const int rows = static_cast<int>(p.B * p.Hq * p.Lq);
+  // Only so much shared memory is used that a block still fits beside a decode block, but few fit
+  // on a multiprocessor that decode leaves free: they would queue for its way to the L2.
+  const int shared = task.plan.tile_rows == 8 && D <= 256 ? 72 * 1024 : 0;
+  if (const cudaError_t error = prepare<rotate_kernel<D>>(72 * 1024); error != cudaSuccess)
+    return error;
   const int rotating = (rows + kRows - 1) / kRows * (D / kColumns);
-  const int filling =
-      (exchange_words(task) + kWordsPerThread * kThreads - 1) / (kWordsPerThread * kThreads);
-  return launch_beside_previous(rotate_kernel<D>, dim3(rotating + filling), kThreads, 0, stream,
-                                task);
+  return launch_beside_previous(rotate_kernel<D>, dim3(std::max(rotating, kLeastBlocks)), kThreads,
+                                shared, stream, task);
 }
 
 }  // namespace

@@ -56,6 +56,7 @@ template <int kPending>
 inline void copies_wait() { emu::copies_wait(kPending); }
 
 inline void allow_next_kernel() {}
+inline void prefetch(const void*) {}
 inline void wait_for_previous_kernel() {}
 
 inline void fence_before_copies() {}

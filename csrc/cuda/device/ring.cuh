@@ -40,10 +40,10 @@ class Ring {
   template <int kValues>
   __device__ void fill(int slot, const UnitSource& source, int unit, int count) {
     __syncwarp();
-    if (count >= kUnit)
-      copy<kValues>(slot, source, unit, kUnit * T::kRow, kUnit * 2);
-    else
+    if (count < kUnit)
       fill_part<kValues>(slot, source, unit, count);
+    else if (elect_one())
+      copy<kValues>(slot, source, unit, kUnit * T::kRow, kUnit * 2);
   }
 
   // Slot `slot`, once it is full for the `round`-th time.
@@ -72,27 +72,26 @@ class Ring {
       if (byte < count * T::kRow)
         *reinterpret_cast<uint32_t*>(to + byte) = *reinterpret_cast<const uint32_t*>(rows + byte);
     }
-    copy<kValues>(slot, source, unit, count * T::kRow & ~15, count * 2 & ~15);
+    if (elect_one()) copy<kValues>(slot, source, unit, count * T::kRow & ~15, count * 2 & ~15);
   }
 
+  // By one thread.
   template <int kValues>
   __device__ void copy(int slot, const UnitSource& source, int unit, int bytes, int norm_bytes) {
     using Layout = T::template Side<kValues>;
     const uint32_t to = shared_address(slots_) + slot * T::kBytes;
-    if (elect_one()) {
-      const uint32_t full = barrier(slot);
-      const UnitSource from = source;
-      const char* const rows = from.rows + static_cast<int64_t>(unit) * T::kUnitBytes;
-      barrier_expect(full, bytes + norm_bytes);
+    const uint32_t full = barrier(slot);
+    const UnitSource from = source;
+    const char* const rows = from.rows + static_cast<int64_t>(unit) * T::kUnitBytes;
+    barrier_expect(full, bytes + norm_bytes);
 #pragma unroll
-      for (int block = 0; block < Layout::kBlocks; ++block) {
-        const int first = block * Layout::kRows * T::kRow;
-        const int mine = min(bytes - first, Layout::kRows * T::kRow);
-        if (mine > 0) copy_bulk(to + first + block * Layout::kShift, rows + first, mine, full);
-      }
-      if (norm_bytes > 0)
-        copy_bulk(to + T::kNorms, from.norms + unit * (kUnit * 2), norm_bytes, full);
+    for (int block = 0; block < Layout::kBlocks; ++block) {
+      const int first = block * Layout::kRows * T::kRow;
+      const int mine = min(bytes - first, Layout::kRows * T::kRow);
+      if (mine > 0) copy_bulk(to + first + block * Layout::kShift, rows + first, mine, full);
     }
+    if (norm_bytes > 0)
+      copy_bulk(to + T::kNorms, from.norms + unit * (kUnit * 2), norm_bytes, full);
   }
 
   char *slots_, *barriers_;

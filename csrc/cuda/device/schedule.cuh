@@ -19,7 +19,8 @@
 
 namespace tq::cuda {
 
-// What to ask segment_at() for: the block's first segment, none.
+// What to ask segment_at() for: the block's first segment on the line; none. (Else: an item, or a
+// place on the line.)
 inline constexpr uint32_t kFirst = ~0u, kNone = ~1u;
 
 struct Segment {
@@ -84,7 +85,7 @@ __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, u
   uint32_t total = 0;
   for (uint32_t b = lane; b < rows; b += 32) total += span(task, b);
   total = __reduce_add_sync(~0u, total) * per_row;
-  const uint32_t blocks = min(max(divide_up(total, task.plan.min_units), min(items, most)), most);
+  const uint32_t blocks = min(max(task.plan.worth(total), min(items, most)), most);
   const Cut line(total, blocks);
   const uint32_t end = line.begin(blockIdx.x + 1);
   if (place == kFirst) place = line.begin(blockIdx.x);
@@ -126,40 +127,37 @@ __device__ inline __noinline__ Segment segment_on_line(const DecodeTask& task, u
   return s;
 }
 
+// Even: blocks are a grid of those that share an item x groups of items.
+__device__ inline uint32_t first_even_item(const DecodePlan& plan) {
+  return blockIdx.y * plan.items_per_block;
+}
+__device__ inline Segment even_segment(const DecodeTask& task, uint32_t item) {
+  const DecodePlan& plan = task.plan;
+  Segment s = segment_of_item(task, item);
+  const uint32_t units = measure(task.problem, s);
+  const uint32_t blocks = min(plan.worth(units), static_cast<uint32_t>(plan.blocks_per_item));
+  const uint32_t end =
+      min(first_even_item(plan) + plan.items_per_block, static_cast<uint32_t>(plan.items));
+  s.next = item + 1 < end ? item + 1 : kNone;
+  s.first_block = blockIdx.y * plan.blocks_per_item;
+  s.rank = blockIdx.x;
+  s.blocks = blockIdx.x < blocks ? blocks : 0;
+  s.from = 0, s.to = units;
+  if (blocks > 1) {
+    const Cut cut(units, blocks);
+    s.from = cut.begin(blockIdx.x), s.to = cut.begin(blockIdx.x + 1);
+  }
+  return s;
+}
+
 // The segment of this block that `next` names. No blocks: there is none. All threads of a warp
 // together.
 __device__ inline Segment segment_at(const DecodeTask& task, uint32_t next) {
-  const DecodePlan& plan = task.plan;
-  const bool first = next == kFirst;
   Segment s;
   s.blocks = 0;
   if (next == kNone) return s;
-  if (plan.blocks_per_item == 0) return segment_on_line(task, next);
-  if (plan.blocks_per_item == 1) {
-    const uint32_t begin = blockIdx.x * plan.items_per_block;
-    const uint32_t end = min(begin + plan.items_per_block, static_cast<uint32_t>(plan.items));
-    if (first) next = begin;
-    s = segment_of_item(task, next);
-    s.next = next + 1 < end ? next + 1 : kNone;
-    s.from = 0;
-    s.to = measure(task.problem, s);
-    s.first_block = blockIdx.x;
-    s.blocks = 1;
-    s.rank = 0;
-  } else {
-    s = segment_of_item(task, blockIdx.y);
-    s.next = kNone;
-    s.first_block = blockIdx.y * plan.blocks_per_item;
-    s.rank = blockIdx.x;
-    const uint32_t units = measure(task.problem, s);
-    const uint32_t worth = divide_up(max(units, plan.min_span), plan.min_units);
-    const uint32_t blocks = min(worth, static_cast<uint32_t>(plan.blocks_per_item));
-    const Cut cut(units, blocks);
-    s.from = cut.begin(blockIdx.x);
-    s.to = cut.begin(blockIdx.x + 1);
-    s.blocks = blockIdx.x < blocks ? blocks : 0;
-  }
-  return s;
+  if (task.plan.blocks_per_item == 0) return segment_on_line(task, next);
+  return even_segment(task, next);
 }
 
 }  // namespace tq::cuda

@@ -18,15 +18,17 @@ struct Table {
   static constexpr int kStride = 256;
   static constexpr int kBytes = 256 * kStride;
 
-  // All warps of the block but the first. Levels: centroids · scale.
-  static __device__ void fill(char* table, const float* centroids, float scale) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32 - 1;
-    const uint32_t bits = __half_as_ushort(__float2half(centroids[lane % 16] * scale));
+  // All threads of the block. `centroid`: number threadIdx.x % 16; levels are centroids · scale.
+  template <int kWarps>
+  static __device__ void fill(char* table, float centroid, float scale) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t level = __half_as_ushort(__float2half(centroid * scale));
     // Four words at a time: eight lanes write the 32 repetitions of one.
-    for (int first = (threadIdx.x / 32 - 1) * 4; first < 256; first += 4 * warps) {
-      const int byte = first + lane / 8;
-      const uint32_t high = __shfl_sync(~0u, bits, byte >> 4);
-      const uint32_t word = high | __shfl_sync(~0u, bits, byte & 15) << 16;
+#pragma unroll
+    for (int i = 0; i < 64 / kWarps; ++i) {
+      const int byte = (i * kWarps + warp) * 4 + lane / 8;
+      const uint32_t high = __shfl_sync(~0u, level, byte >> 4);
+      const uint32_t word = high | __shfl_sync(~0u, level, byte & 15) << 16;
       *reinterpret_cast<uint4*>(table + byte * kStride + lane % 8 * 16) = {word, word, word, word};
     }
   }
