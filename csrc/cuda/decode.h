@@ -50,7 +50,7 @@ struct DecodeTask {
   Source k, v, k_norms, v_norms;
   int group;  // query heads per KV head; row r of a KV head is token r / group
   // [items][tile_rows][query_stride]: D numbers, rotated and scaled by a power of two; behind them
-  // a float, what makes a product with levels a score in log2 units.
+  // four floats, the first of which makes a product with levels a score in log2 units.
   __half* q;
   float4* partials;  // [partial_slots · partial_words], see decode_block.cuh
   float4* results;   // [result_slots][result_words], normalised; directly behind the partials

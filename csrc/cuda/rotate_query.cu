@@ -4,7 +4,8 @@
 // A block takes 16 rows x 8 coordinates; its 4 warps split the sum over D. Products are exact tf32
 // ones: 16-bit queries are tf32 numbers, and Π goes in two parts, which together hold 21 bits. The
 // time is nothing but latency, about 1.5 µs, during which the decode kernel starts: so loads are in
-// flight together, and registers are so few that a block finds room beside a decode block, of this call or the last.
+// flight together, and registers are so few that a block finds room beside a decode block, of this
+// call or the last.
 #include <algorithm>
 
 #include "decode.h"
@@ -141,8 +142,9 @@ __device__ void rotate(const DecodeTask& task, int first, int total, int column_
   q[column_block * kColumns + column] =
       __float2half(task.problem.scale < 0 ? -sum * down : sum * down);
   if (column_block == 0 && column == 0)
-    *reinterpret_cast<float*>(q + D) =
-        fabsf(task.problem.scale) * up * (kLog2e / (sqrtf(static_cast<float>(D)) * kLevelScale));
+    *reinterpret_cast<float4*>(q + D) = {
+        fabsf(task.problem.scale) * up * (kLog2e / (sqrtf(static_cast<float>(D)) * kLevelScale)), 0,
+        0, 0};
 }
 
 // A block's share of the exchange's words, which nobody needs before the end.
