@@ -16,15 +16,55 @@ namespace {
 
 int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to); }
 
+// The decode kernels of this library that are not empty on the current device (decode_block.cuh);
+// what counts is the architecture that the code in use was compiled for.
+enum class Kind : int8_t { unknown, none, portable, bulk };
+
+__global__ void compiled_for() {}
+
+Kind device_kind() {
+  static std::atomic<Kind> known[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return Kind::none;
+  std::atomic<Kind>& here = known[device % 64];
+  if (here == Kind::unknown) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, compiled_for) != cudaSuccess) return Kind::none;
+    const int version = attributes.ptxVersion;
+    here = version >= 90 && version < 120 ? Kind::bulk
+           : version >= 80                ? Kind::portable
+                                          : Kind::none;
+  }
+  return here;
+}
+
+// Blocks of the portable kernels that run at once on a multiprocessor; a KB of each is the
+// system's.
+int portable_blocks() {
+  static std::atomic<int> known[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  std::atomic<int>& here = known[device % 64];
+  if (here == 0) {
+    int bytes = 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    here = std::max(1, bytes / (kPortableLimit + 1024));
+  }
+  return here;
+}
+
 // How the work is cut. Items that are equally long are dealt out evenly wherever that leaves few
 // multiprocessors idle, else they lie on a line.
 DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
   // 128 of an H200's 132 draw the memory's full rate. D 512 is bound by look-ups, and wants them
   // all.
-  const int most = p.D > 256 ? multiprocessors : multiprocessors - multiprocessors / 32;
   DecodePlan plan = {};
+  plan.portable = device_kind() == Kind::portable;
+  const int most = plan.portable ? multiprocessors * portable_blocks()
+                   : p.D > 256   ? multiprocessors
+                                 : multiprocessors - multiprocessors / 32;
   const int64_t rows = p.Hq / p.Hkv * p.Lq;
-  const int most_rows = p.D <= 128 ? 32 : p.D <= 256 ? 16 : 8;
+  const int most_rows = plan.portable ? 8 : p.D <= 128 ? 32 : p.D <= 256 ? 16 : 8;
   plan.tile_rows = rows <= 8 ? 8 : rows <= 16 && most_rows >= 16 ? 16 : most_rows;
   plan.row_tiles = round_up(rows, plan.tile_rows);
   plan.row_pairs = static_cast<int>(std::min<int64_t>(rows + 1, plan.tile_rows) / 2);
@@ -44,29 +84,11 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
     plan.result_slots = plan.blocks;
   }
 
-  // A block with less than a unit for each of its 16 warps costs more in the exchange than it
+  // A block with less than a unit for each of its warps costs more in the exchange than it
   // brings. But the rotation of a long vector is itself worth the company: D · D numbers.
-  plan.min_units_log2 = p.D <= 128 ? 4 : 0;
+  plan.min_units_log2 = plan.portable ? (p.D <= 192 ? 2 : p.D <= 256 ? 1 : 0) : p.D <= 128 ? 4 : 0;
   plan.min_span = p.D <= 128 ? 1 : static_cast<uint32_t>(p.D) / 8;
   return plan;
-}
-
-// Whether the decode kernels of this library are more than empty on the current device: they are
-// written for Hopper and its successors in data centres (decode_block.cuh), and what counts is the
-// architecture that the code in use was compiled for.
-__global__ void compiled_for() {}
-
-bool device_decodes() {
-  static std::atomic<int8_t> known[64];  // 0: not yet, 1: no, 2: yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  std::atomic<int8_t>& here = known[device % 64];
-  if (here == 0) {
-    cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, compiled_for) != cudaSuccess) return false;
-    here = attributes.ptxVersion >= 90 && attributes.ptxVersion < 120 ? 2 : 1;
-  }
-  return here == 2;
 }
 
 // The tuned kernels read packed rows, and bf16 norms, that follow each other, 16 bytes at a time,
@@ -84,7 +106,7 @@ bool is_decode(const AttentionProblem& p) {
            (norms.stride[2] == 1 || p.Lkv <= 1) && norms.stride[1] % 8 == 0 &&
            norms.stride[0] % 8 == 0 && reinterpret_cast<uintptr_t>(norms.data) % 16 == 0;
   };
-  return tuned_dim(p.D) && device_decodes() && query && streams(p.k_packed, p.k_norms) &&
+  return tuned_dim(p.D) && device_kind() != Kind::none && query && streams(p.k_packed, p.k_norms) &&
          streams(p.v_packed, p.v_norms) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0 &&
          p.Lkv < (int64_t{1} << 30) && p.B * p.Hkv * p.Lkv / 32 + p.B * p.Hq * p.Lq < INT32_MAX / 4;
 }

@@ -26,13 +26,6 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes to shared memory, in the manner of copy16_async; zeros if there is nothing to copy.
-__device__ inline void copy16_async_if(bool real, uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
-}
-
 // Where row n, column k of b lies, in bytes.
 template <int K>
 __device__ constexpr unsigned core_offset(unsigned n, unsigned k) {

@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
         const uint16_t* from = source[r] ? source[r] : x;
 #pragma unroll
         for (int c = 0; c < S::kFetched; ++c)
-          copy16_async_if(source[r] && inside(c), fetched_address + (2 * c + r) * 512,
-                          inside(c) ? from + 32 * c : x);
+          copy16_async(fetched_address + (2 * c + r) * 512, inside(c) ? from + 32 * c : x,
+                       source[r] && inside(c) ? 16 : 0);
       }
     }
     copies_commit();

@@ -44,10 +44,10 @@ __device__ inline void load_chunk(const char* from, uint32_t* words) {
 }
 
 // One thread's view of a segment at work.
-template <int D, int kNT>
+template <int D, int kNT, bool kPortable>
 class Decoder {
-  using F = Finish<D, kNT>;
-  using S = DecodeShape<D, kNT>;
+  using F = Finish<D, kNT, kPortable>;
+  using S = DecodeShape<D, kNT, kPortable>;
   using T = Tile<D>;
 
  public:
@@ -59,7 +59,7 @@ class Decoder {
     Warp().ring.init();
     if (!(task.plan.blocks_per_item > 0 ? start_even(task) : start_on_line(task))) return;
     Table::fill<S::kWarps>(shared(), centroid, sqrtf(static_cast<float>(D)) * kLevelScale);
-    if (threadIdx.x == 32) F::describe(task);
+    if (threadIdx.x == S::kThreads - 1) F::describe(task);
     F::describe_places();
     __syncthreads();
     wait_for_previous_kernel();  // the rotated queries, the exchange's words (rotate_query.cu)
@@ -74,7 +74,7 @@ class Decoder {
       int to_rotate = w.whole() ? place : -1;
       const bool more = w.next != kNone && next_segment(task, place);
       if (to_rotate >= 0 || more) {
-        fence_before_copies();  // the rings held the sums
+        S::Slots::reuse();  // the rings held the sums
         __syncthreads();
       }
       if (more) {
@@ -86,7 +86,7 @@ class Decoder {
         if (place < 0) return;
         if (threadIdx.x == 0) make_alone(F::work(place));
         to_rotate = -1;
-        fence_before_copies();
+        S::Slots::reuse();
         __syncthreads();
       }
       // The copies of a segment run during the rotation of the one before.
@@ -103,7 +103,7 @@ class Decoder {
   // A warp's number and its ring, known to be the same in all lanes (see uniform()).
   struct Warp {
     int number;
-    Ring<D, S::kSlots> ring;
+    typename S::Slots ring;
 
     __device__ Warp()
         : number(uniform(Thread().warp)),
@@ -207,7 +207,8 @@ class Decoder {
   static __device__ void copy_first_keys(const Segment& s, const UnitSource& keys, uint32_t turn) {
     Warp warp;
     const int unit = uniform(s.from) + warp.number, pair = turn % S::Slots::kAhead;
-    if (unit < uniform(s.to)) warp.ring.template fill<0>(2 * pair, keys, unit, keys_of(s, unit));
+    const int count = unit < uniform(s.to) ? keys_of(s, unit) : 0;
+    warp.ring.template fill<0>(2 * pair, keys, unit, count);
   }
   // The rest of the first kAhead units.
   static __device__ void copy_ahead(const Work& w, uint32_t turn) {
@@ -224,10 +225,10 @@ class Decoder {
   }
   // Keys or values of a unit, unless it is none of the segment.
   template <int kValues>
-  static __device__ void fill(Ring<D, S::kSlots>& ring, const Work& w, int pair, int unit, int end,
+  static __device__ void fill(typename S::Slots& ring, const Work& w, int pair, int unit, int end,
                               int keys) {
-    if (unit < end)
-      ring.template fill<kValues>(2 * pair + kValues, w.units[kValues], unit, keys - unit * kUnit);
+    ring.template fill<kValues>(2 * pair + kValues, w.units[kValues], unit,
+                                unit < end ? keys - unit * kUnit : 0);
   }
   // Of a unit and what follows it.
   static __device__ int keys_of(const Segment& s, int unit) {
@@ -572,7 +573,8 @@ class Decoder {
       State all = {F::from_ordered(*F::block_max(n)), 0};
 #pragma unroll
       for (int i = 0; i < S::kWarps; i += kOfRow)
-        all.sum += *F::warp_sum(i + me.lane / S::kRows, n);
+        if (const int warp = i + me.lane / S::kRows; warp < S::kWarps)
+          all.sum += *F::warp_sum(warp, n);
 #pragma unroll
       for (int lanes = S::kRows; lanes < 32; lanes *= 2)
         all.sum += __shfl_xor_sync(~0u, all.sum, lanes);
@@ -591,32 +593,33 @@ class Decoder {
   float max_[kNT][2], sum_[kNT][2];
 };
 
-template <int D, int kNT>
-__global__ void __maxnreg__((DecodeShape<D, kNT>::kRegisters))
+template <int D, int kNT, bool kPortable>
+__global__ void __maxnreg__((DecodeShape<D, kNT, kPortable>::kRegisters))
     decode_kernel(const __grid_constant__ DecodeTask task) {
-  if constexpr (kDecodes) Decoder<D, kNT>::run(task);
+  if constexpr (kPortable == kPortableHere) Decoder<D, kNT, kPortable>::run(task);
 }
 
-template <int D, int kNT>
+template <int D, int kNT, bool kPortable>
 cudaError_t launch_decode_rows(const DecodeTask& task, cudaStream_t stream) {
-  using Shape = DecodeShape<D, kNT>;
-  const cudaError_t error = prepare<decode_kernel<D, kNT>>(Shape::kBytes);
+  using Shape = DecodeShape<D, kNT, kPortable>;
+  const cudaError_t error = prepare<decode_kernel<D, kNT, kPortable>>(Shape::kBytes);
   if (error != cudaSuccess) return error;
   const int shared_by = task.plan.blocks_per_item;
   const dim3 grid =
       shared_by > 0 ? dim3(shared_by, task.plan.blocks / shared_by) : dim3(task.plan.blocks);
-  return launch_beside_previous(decode_kernel<D, kNT>, grid, Shape::kThreads, Shape::kBytes, stream,
-                                task);
+  return launch(decode_kernel<D, kNT, kPortable>, grid, Shape::kThreads, Shape::kBytes, stream,
+                task, !kPortable);
 }
 
 template <int D>
 cudaError_t launch_decode(const DecodeTask& task, cudaStream_t stream) {
+  if (task.plan.portable) return launch_decode_rows<D, 1, true>(task, stream);
   switch (task.plan.tile_rows) {
-    case 8: return launch_decode_rows<D, 1>(task, stream);
+    case 8: return launch_decode_rows<D, 1, false>(task, stream);
     case 16:
-      if constexpr (D <= 256) return launch_decode_rows<D, 2>(task, stream);
+      if constexpr (D <= 256) return launch_decode_rows<D, 2, false>(task, stream);
     case 32:
-      if constexpr (D <= 128) return launch_decode_rows<D, 4>(task, stream);
+      if constexpr (D <= 128) return launch_decode_rows<D, 4, false>(task, stream);
   }
   return cudaErrorInvalidValue;
 }

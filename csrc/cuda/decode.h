@@ -14,11 +14,15 @@ namespace tq::cuda {
 // 0.004 % instead of 0.02 %.
 inline constexpr float kLevelScale = 1.26017f;
 
+// Shared memory that a block of the portable kernels may use: what sm_86, sm_89 and sm_120 give it.
+inline constexpr int kPortableLimit = 99 * 1024;
+
 inline constexpr float kLog2e = 1.4426950408889634f;
 
 // How the work is cut (device/schedule.cuh), as far as it does not depend on the lengths.
 struct DecodePlan {
-  int blocks;           // at most one per multiprocessor
+  bool portable;        // which kind of kernels (decode_block.cuh)
+  int blocks;           // at most as many as run at once
   int tile_rows;        // query rows that a block takes at once: 8, 16 or 32
   int row_pairs;        // of a tile: what is exchanged are words of two rows x two coordinates
   int row_tiles;        // of a KV head's G · Lq query rows

@@ -13,12 +13,14 @@
 
 namespace tq::cuda {
 
-// What these kernels need: bulk copies, and 227 KB of shared memory. Elsewhere they are empty, and
-// general.cu does their work.
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-inline constexpr bool kDecodes = true;
+// There are two kinds of these kernels. One needs Hopper or its successors in data centres: bulk
+// copies, and 227 KB of shared memory. The portable kind runs from sm_80 on with the 99 KB that
+// each block may have there, so with fewer warps. Compiled for an architecture, one of them is
+// empty.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+inline constexpr bool kPortableHere = true;
 #else
-inline constexpr bool kDecodes = false;
+inline constexpr bool kPortableHere = false;
 #endif
 
 // Softmax of one row in log2 units. `max` bounds log2 of (weight · norm of the value), so that what
@@ -27,9 +29,6 @@ inline constexpr bool kDecodes = false;
 struct State {
   float max, sum;
 };
-
-// So many words a block reads in less time than it takes to exchange twice.
-inline constexpr int kDirectWords = 4096;
 
 inline constexpr float kNothing = -1e30f;  // max before any key
 // Before max is raised, weights times norms may grow to 256, and sums of weights to 2^90, which
@@ -80,22 +79,26 @@ struct alignas(16) Places {
 };
 
 // Sizes. kNT: tiles of 8 query rows.
-template <int D, int kNT>
+template <int D, int kNT, bool kPortable>
 struct DecodeShape {
   static constexpr int kRows = 8 * kNT;
   static constexpr int kTiles = D / 16;            // of 16 coordinates
   static constexpr int kFragments = kTiles * kNT;  // of the accumulators: 16 x 8 numbers, 4 a lane
   // Accumulators take D/4 · kNT registers a lane. A 16th of the 65536 registers stays free: there
   // a block of rotate_query.cu finds room, so that no decode block has to wait for one.
-  static constexpr int kWarps = kNT == 1 && D <= 128 ? 16 : 8;
+  static constexpr int kWarps = kPortable              ? (D <= 192 ? 4 : 512 / D)
+                                : kNT == 1 && D <= 128 ? 16
+                                                       : 8;
   static constexpr int kThreads = 32 * kWarps;
   // So many steps of the queries are kept in registers, the rest in shared memory: as many as make
   // no other register spill.
   static constexpr int kQuerySteps = D * kNT <= 256 ? kTiles : kNT == 1 ? 16 : 1;
-  static constexpr int kRegisters = 65536 / kThreads * 15 / 16;
+  static constexpr int kRegisters = kPortable ? 255 : 65536 / kThreads * 15 / 16;
   // The rotation's pieces: 32 coordinates x 16 rows.
   static constexpr int kOutGroups = (D + 31) / 32;
   static constexpr int kRowTiles = (kRows + 15) / 16;
+  // So many words a block reads in less time than it takes to exchange twice.
+  static constexpr int kDirectWords = 8 * kThreads;
   static constexpr int kResultStride = D + 4;  // floats: 8 rows x 4 coordinates are in 32 banks
   // Shared memory: the table, the rings, the result, and small things. In the holes of the table:
   // for each warp, scratch of 32 numbers a row.
@@ -106,11 +109,11 @@ struct DecodeShape {
   static_assert(kWorkBytes % 16 == 0 && kFrameBytes % 16 == 0);
   static constexpr int kResultBytes = kRows * kResultStride * 4;
   // rotate_query.cu needs some shared memory, too: 3 KB with what the system takes.
-  static constexpr int kLimit = 224 * 1024;
+  static constexpr int kLimit = kPortable ? kPortableLimit : 224 * 1024;
   // So many units ahead that 64 KB are under way: enough for any memory. (More than the copy engine
   // takes would block its queue, and with it every other access to shared memory.)
   static constexpr int kUnitBytes = kWarps * 2 * Tile<D>::kBytes;
-  static constexpr int kAhead = (64 * 1024 + kUnitBytes - 1) / kUnitBytes;
+  static constexpr int kAhead = kPortable ? 1 : (64 * 1024 + kUnitBytes - 1) / kUnitBytes;
   // In the end the rings hold the warps' sums: for each pair of rows, a word for each pair of
   // coordinates, with gaps so that pairs of rows begin in other banks. Where there are more threads
   // than words, four share one and read four warps' words at once, which must not share banks
@@ -120,7 +123,7 @@ struct DecodeShape {
   static constexpr int kSumsBytes = (kRows / 2 * kPairWords + kWarpGap) * 16;
   static constexpr int kHolding = (kSumsBytes + 2 * Tile<D>::kBytes - 1) / (2 * Tile<D>::kBytes);
   static constexpr int kSlots = 2 * (kAhead > kHolding ? kAhead : kHolding);
-  using Slots = Ring<D, kSlots>;
+  using Slots = std::conditional_t<kPortable, PortableRing<D, kSlots>, Ring<D, kSlots>>;
   static constexpr int kRing = Table::kBytes;
   static constexpr int kResult = kRing + kWarps * Slots::kBytes;
   static constexpr int kStates = kResult + kResultBytes;
@@ -134,9 +137,9 @@ struct DecodeShape {
   static_assert(kSumsBytes <= Slots::kBytes);
 };
 
-template <int D, int kNT>
+template <int D, int kNT, bool kPortable>
 struct Block {
-  using S = DecodeShape<D, kNT>;
+  using S = DecodeShape<D, kNT, kPortable>;
   using T = Tile<D>;
 
   // ------------------------------------------------------------------------------ shared memory
@@ -233,7 +236,7 @@ struct Block {
     const int seen_by_all =
         s.length - (unseen == 0 ? 0 : max(unseen - s.row_tile * S::kRows / task.group, 0));
     w->team = team_of(s.blocks);
-    w->direct = !line && w->words * s.blocks <= kDirectWords;
+    w->direct = !line && w->words * s.blocks <= S::kDirectWords;
     w->plain_from = s.start % kUnit != 0;
     w->plain_to = p.mask || p.softcap != 0 ? 0 : max(seen_by_all, 0) / kUnit - s.first_unit;
   }

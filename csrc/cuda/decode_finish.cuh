@@ -22,16 +22,16 @@
 
 namespace tq::cuda {
 
-template <int D, int kNT>
-struct Finish : Block<D, kNT> {
-  using S = DecodeShape<D, kNT>;
-  using Block<D, kNT>::frame;
-  using Block<D, kNT>::partial;
-  using Block<D, kNT>::result;
-  using Block<D, kNT>::row_info;
-  using Block<D, kNT>::scratch;
-  using Block<D, kNT>::work;
-  using Block<D, kNT>::write_result;
+template <int D, int kNT, bool kPortable>
+struct Finish : Block<D, kNT, kPortable> {
+  using S = DecodeShape<D, kNT, kPortable>;
+  using Block<D, kNT, kPortable>::frame;
+  using Block<D, kNT, kPortable>::partial;
+  using Block<D, kNT, kPortable>::result;
+  using Block<D, kNT, kPortable>::row_info;
+  using Block<D, kNT, kPortable>::scratch;
+  using Block<D, kNT, kPortable>::work;
+  using Block<D, kNT, kPortable>::write_result;
 
   // What a row's sums are multiplied by at the end. Adds the sink; writes the lse if asked to.
   static __device__ float row_factor(const RowInfo& row, State all, bool with_lse) {

@@ -27,21 +27,22 @@ cudaError_t prepare(int shared_bytes, unsigned* multiprocessors = nullptr) {
   return error;
 }
 
-// Launches a kernel that may start while the one before it on the stream still runs
-// (device/ptx.cuh, wait_for_previous_kernel).
+// Launches a kernel. `beside_previous`: it may start while the one before it on the stream still
+// runs. Such a kernel waits for that by itself, which takes Hopper (device/ptx.cuh,
+// wait_for_previous_kernel).
 template <class Task>
-cudaError_t launch_beside_previous(void (*kernel)(Task), dim3 grid, int threads, int shared_bytes,
-                                   cudaStream_t stream, const Task& task) {
-  cudaLaunchAttribute beside_previous;
-  beside_previous.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside_previous.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch(void (*kernel)(Task), dim3 grid, int threads, int shared_bytes,
+                   cudaStream_t stream, const Task& task, bool beside_previous) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &beside_previous;
-  config.numAttrs = 1;
+  config.attrs = &attribute;
+  config.numAttrs = beside_previous ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, task);
 }
 

@@ -171,23 +171,25 @@ __global__ void __launch_bounds__(kThreads, 16)
 }
 
 template <int D>
-cudaError_t launch(const DecodeTask& task, cudaStream_t stream) {
+cudaError_t launch_rotate(const DecodeTask& task, cudaStream_t stream) {
   const AttentionProblem& p = task.problem;
   const int rows = static_cast<int>(p.B * p.Hq * p.Lq);
   // Only so much shared memory is used that a block still fits beside a decode block, but few fit
   // on a multiprocessor that decode leaves free: they would queue for its way to the L2.
-  const int shared = task.plan.tile_rows == 8 && D <= 256 ? 72 * 1024 : 0;
-  if (const cudaError_t error = prepare<rotate_kernel<D>>(72 * 1024); error != cudaSuccess)
+  const bool portable = task.plan.portable;
+  const int shared = !portable && task.plan.tile_rows == 8 && D <= 256 ? 72 * 1024 : 0;
+  if (const cudaError_t error = prepare<rotate_kernel<D>>(portable ? 0 : 72 * 1024);
+      error != cudaSuccess)
     return error;
   const int rotating = (rows + kRows - 1) / kRows * (D / kColumns);
-  return launch_beside_previous(rotate_kernel<D>, dim3(std::max(rotating, kLeastBlocks)), kThreads,
-                                shared, stream, task);
+  return launch(rotate_kernel<D>, dim3(std::max(rotating, kLeastBlocks)), kThreads, shared, stream,
+                task, !portable);
 }
 
 }  // namespace
 
 cudaError_t launch_rotate_query(const DecodeTask& task, cudaStream_t stream) {
-  return for_tuned_dim(task.problem.D, [&](auto dim) { return launch<dim>(task, stream); });
+  return for_tuned_dim(task.problem.D, [&](auto dim) { return launch_rotate<dim>(task, stream); });
 }
 
 }  // namespace tq::cuda

@@ -952,8 +952,10 @@ void copy_async(uint32_t to, const void* from, int bytes, int zeros) {
   if (to % bytes) fatal("copy_async: the shared address %#x is not aligned to %d", to, bytes);
   if (reinterpret_cast<uintptr_t>(from) % bytes) fatal("copy_async: the global address %p is not aligned to %d", from, bytes);
   char* p = copy_target(to, bytes, "copy_async");
-  sink = *static_cast<const char*>(from);
-  sink = static_cast<const char*>(from)[bytes - 1];
+  if (bytes > zeros) {
+    sink = *static_cast<const char*>(from);
+    sink = static_cast<const char*>(from)[bytes - zeros - 1];
+  }
   memset(p, 0xFF, bytes);
   current->copies.push_back({p, static_cast<const char*>(from), bytes, current->group});
   current->copies.back().bytes -= zeros;
@@ -1216,8 +1218,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr a, int) {
   switch (a) {
     case cudaDevAttrMultiProcessorCount: *value = options.multiprocessors; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = EMU_ARCH >= 900 ? 227 << 10 : 163 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = EMU_ARCH >= 900 ? 228 << 10 : 164 << 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = EMU_ARCH >= 900 ? 227 << 10 : 99 << 10; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = EMU_ARCH >= 900 ? 228 << 10 : 100 << 10; break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
@@ -1249,7 +1251,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 cudaError_t emu_func_set_attribute(const void* f, cudaFuncAttribute a, int value) {
   if (a == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value > (EMU_ARCH >= 900 ? 227 << 10 : 163 << 10)) {
+    if (value > (EMU_ARCH >= 900 ? 227 << 10 : 99 << 10)) {
       fprintf(stderr, "emu: cudaFuncSetAttribute: %d bytes of shared memory\n", value);
       return last_error = cudaErrorInvalidValue;
     }

@@ -13,7 +13,8 @@ inline __half2 as_half2(uint32_t x) { return emu::bits<__half2>(x); }
 
 // Checks that it is the same in all lanes.
 inline __attribute__((always_inline)) int uniform(int x) {
-  const uint32_t any = __reduce_or_sync(~0u, static_cast<uint32_t>(x)), all = __reduce_and_sync(~0u, static_cast<uint32_t>(x));
+  const uint32_t any = __reduce_or_sync(~0u, static_cast<uint32_t>(x)),
+                 all = __reduce_and_sync(~0u, static_cast<uint32_t>(x));
   if (any != all) emu::warning("uniform(): %d, but not in all lanes", x);
   return static_cast<int>(any);
 }
@@ -21,7 +22,9 @@ inline int keep(int x) { return x; }
 struct Thread {
   int x = threadIdx.x, warp = x / 32, lane = x % 32, g = lane / 4, t = lane % 4;
 };
-inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  return (a & mask) | (b & ~mask);
+}
 // The machine always elects the same lane, but which one is not specified.
 inline __attribute__((always_inline)) bool elect_one() {
   __syncwarp();
@@ -32,28 +35,48 @@ inline __attribute__((always_inline)) bool elect_one() {
 #endif
 }
 
-inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { emu::mma_f16(c, a, b0, b1); }
-inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) { emu::mma_tf32(c, a, b0, b1); }
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emu::mma_f16(c, a, b0, b1);
+}
+inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  emu::mma_tf32(c, a, b0, b1);
+}
 inline float tf32_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000); }
 inline uint32_t transpose8x8(uint32_t x) { return emu::transpose8x8(x); }
 
 inline uint32_t shared_address(const void* p) { return emu::shared_offset(p); }
-inline uint32_t load_shared(uint32_t address) { return *reinterpret_cast<const uint32_t*>(emu::shared_pointer(address)); }
+inline uint32_t load_shared(uint32_t address) {
+  return *reinterpret_cast<const uint32_t*>(emu::shared_pointer(address));
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emu::mbarrier_init(barrier, arrivals); }
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  emu::mbarrier_init(barrier, arrivals);
+}
 inline void barrier_init_fence() {}
-inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emu::mbarrier_arrive(barrier, 1, bytes); }
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  emu::mbarrier_arrive(barrier, 1, bytes);
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emu::mbarrier_wait(barrier, parity); }
 inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   emu::copy_bulk(to, from, bytes, barrier);
 }
+#else  // declared only, as for the compiler
+void barrier_init(uint32_t barrier, uint32_t arrivals);
+void barrier_init_fence();
+void barrier_expect(uint32_t barrier, uint32_t bytes);
+void barrier_wait(uint32_t barrier, uint32_t parity);
+void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 #endif
 
-inline void copy16_async(uint32_t to, const void* from) { emu::copy_async(to, from, 16); }
+inline void copy16_async(uint32_t to, const void* from, int bytes) {
+  emu::copy_async(to, from, 16, bytes < 0 ? 16 : bytes > 16 ? 0 : 16 - bytes);
+}
 inline void copies_commit() { emu::copies_commit(); }
 template <int kPending>
-inline void copies_wait() { emu::copies_wait(kPending); }
+inline void copies_wait() {
+  emu::copies_wait(kPending);
+}
 
 inline void allow_next_kernel() {}
 inline void prefetch(const void*) {}

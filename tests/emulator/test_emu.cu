@@ -84,7 +84,7 @@ __global__ void ring_old(const uint32_t* in, int chunks, uint32_t* out) {
   const int lane = threadIdx.x;
   uint32_t sum = 0;
   auto fill = [&](int i) {
-    if (i < chunks) copy16_async(shared_address(&buffer[i % 3 * 32 + lane]), in + (i * 32 + lane) * 4);
+    if (i < chunks) copy16_async(shared_address(&buffer[i % 3 * 32 + lane]), in + (i * 32 + lane) * 4, 16);
     copies_commit();
   };
   fill(0), fill(1);

@@ -166,10 +166,13 @@ __device__ void fence_before_copies();
 __device__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 #endif
 
-// Every lane copies 16 bytes at a time, in groups that complete in order.
+// Every lane copies 16 bytes at a time, in groups that complete in order. Of the source only
+// `bytes` are read, if they are fewer; the rest becomes zero.
 
-__device__ inline void copy16_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+__device__ inline void copy16_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(min(max(bytes, 0), 16))
+               : "memory");
 }
 
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
