@@ -3,7 +3,7 @@
 // What a block does. The schedule (device/schedule.cuh) gives each block a piece of the keys of one
 // or more items (KV heads). Its warps take units of 32 keys in turn, each by itself:
 //
-//   bulk copies -> K unit   Sᵀ[32 keys x rows] = K · q̂ᵀ     steps of 16 keys x 16 coordinates
+//   copies      -> K unit   Sᵀ[32 keys x rows] = K · q̂ᵀ     steps of 16 keys x 16 coordinates
 //                  scores, weights P in registers, online softmax
 //               -> V unit   Oᵀ[D x rows]      += Vᵀ · Pᵀ    steps of 16 coordinates x 16 keys
 //
@@ -15,7 +15,7 @@
 // Then the warps' sums are added in shared memory, and blocks that share an item exchange theirs
 // (decode_finish.cuh).
 //
-// Shared memory: table 64 KB, rings 68 to 138 KB, the rest 6 to 20 KB.
+// Shared memory: table 64 KB, rings 66 to 134 KB (portable: 8 to 24), the rest 6 to 20 KB.
 // Cost per 32 keys of D = 128, in passes of shared memory: 128 look-ups, 32 loads of bytes, 8 of
 // norms; about 540 instructions a warp, 2 per coordinate, of which 128 permutations and 32
 // products. With 128 multiprocessors at work that is just faster than memory delivers.

@@ -82,8 +82,7 @@ struct alignas(16) Places {
 template <int D, int kNT, bool kPortable>
 struct DecodeShape {
   static constexpr int kRows = 8 * kNT;
-  static constexpr int kTiles = D / 16;            // of 16 coordinates
-  static constexpr int kFragments = kTiles * kNT;  // of the accumulators: 16 x 8 numbers, 4 a lane
+  static constexpr int kTiles = D / 16;  // of 16 coordinates
   // Accumulators take D/4 · kNT registers a lane. A 16th of the 65536 registers stays free: there
   // a block of rotate_query.cu finds room, so that no decode block has to wait for one.
   static constexpr int kWarps = kPortable              ? (D <= 192 ? 4 : 512 / D)

@@ -8,7 +8,7 @@
 // call or the last.
 #include <algorithm>
 
-#include "decode.h"
+#include "decode_block.cuh"
 #include "device/element.cuh"
 #include "device/ptx.cuh"
 #include "prepare.h"
@@ -174,11 +174,14 @@ template <int D>
 cudaError_t launch_rotate(const DecodeTask& task, cudaStream_t stream) {
   const AttentionProblem& p = task.problem;
   const int rows = static_cast<int>(p.B * p.Hq * p.Lq);
-  // Only so much shared memory is used that a block still fits beside a decode block, but few fit
-  // on a multiprocessor that decode leaves free: they would queue for its way to the L2.
+  // Only so much shared memory is used that a block still fits beside a decode block (228 KB, less
+  // a KB for each and the sums), but few fit on a multiprocessor that decode leaves free: they
+  // would queue for its way to the L2.
+  constexpr int kBeside = (226 - 4) * 1024 - DecodeShape<D, 1, false>::kBytes;
+  constexpr int kShared = std::min(std::max(kBeside, 0), 72 * 1024);
   const bool portable = task.plan.portable;
-  const int shared = !portable && task.plan.tile_rows == 8 && D <= 256 ? 72 * 1024 : 0;
-  if (const cudaError_t error = prepare<rotate_kernel<D>>(portable ? 0 : 72 * 1024);
+  const int shared = !portable && task.plan.tile_rows == 8 ? kShared : 0;
+  if (const cudaError_t error = prepare<rotate_kernel<D>>(portable ? 0 : kShared);
       error != cudaSuccess)
     return error;
   const int rotating = (rows + kRows - 1) / kRows * (D / kColumns);
