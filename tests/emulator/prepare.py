@@ -39,24 +39,13 @@ def masked(text):
     return "".join(out)
 
 
-def matching(text, at, left, right):
+def matching(text, at, bracket, partner, step=1):
+    """Where the partner of the bracket at `at` is. step -1: before it."""
     depth = 0
-    for i in range(at, len(text)):
-        if text[i] == left:
+    for i in range(at, len(text) if step > 0 else -1, step):
+        if text[i] == bracket:
             depth += 1
-        elif text[i] == right:
-            depth -= 1
-            if depth == 0:
-                return i
-    raise ValueError("unbalanced")
-
-
-def opening(text, at, left, right):
-    depth = 0
-    for i in range(at, -1, -1):
-        if text[i] == right:
-            depth += 1
-        elif text[i] == left:
+        elif text[i] == partner:
             depth -= 1
             if depth == 0:
                 return i
@@ -74,7 +63,7 @@ def launches(text):
         while m[i].isspace():
             i -= 1
         if m[i] in ">)":
-            i = opening(m, i, "<" if m[i] == ">" else "(", m[i]) - 1
+            i = matching(m, i, m[i], "<" if m[i] == ">" else "(", -1) - 1
         while i >= 0 and (m[i].isalnum() or m[i] in "_:.[]"):
             i -= 1
         begin = i + 1
