@@ -1,6 +1,7 @@
 // Which kernel takes an attention problem, and the memory it works in.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 
 #include "decode.h"
 #include "kernels.h"
@@ -41,16 +42,10 @@ Kind device_kind() {
 // Blocks of the portable kernels that run at once on a multiprocessor; a KB of each is the
 // system's.
 int portable_blocks() {
-  static std::atomic<int> known[64];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  std::atomic<int>& here = known[device % 64];
-  if (here == 0) {
-    int bytes = 0;
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess)
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    here = std::max(1, bytes / (kPortableLimit + 1024));
-  }
-  return here;
+  return std::max(1, bytes / (kPortableLimit + 1024));
 }
 
 // How the work is cut. Items that are equally long are dealt out evenly wherever that leaves few
@@ -86,7 +81,10 @@ DecodePlan plan_decode(const AttentionProblem& p, int multiprocessors) {
 
   // A block with less than a unit for each of its warps costs more in the exchange than it
   // brings. But the rotation of a long vector is itself worth the company: D · D numbers.
-  plan.min_units_log2 = plan.portable ? (p.D <= 192 ? 2 : p.D <= 256 ? 1 : 0) : p.D <= 128 ? 4 : 0;
+  const unsigned min_units = plan.portable ? portable_warps(static_cast<int>(p.D))
+                             : p.D <= 128  ? 16
+                                           : 1;
+  plan.min_units_log2 = std::bit_width(min_units) - 1;
   plan.min_span = p.D <= 128 ? 1 : static_cast<uint32_t>(p.D) / 8;
   return plan;
 }

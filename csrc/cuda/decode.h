@@ -15,7 +15,9 @@ namespace tq::cuda {
 inline constexpr float kLevelScale = 1.26017f;
 
 // Shared memory that a block of the portable kernels may use: what sm_86, sm_89 and sm_120 give it.
+// So many warps' rings fit there.
 inline constexpr int kPortableLimit = 99 * 1024;
+TQ_HOST_DEVICE constexpr int portable_warps(int dim) { return dim <= 192 ? 4 : 512 / dim; }
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 

@@ -85,9 +85,7 @@ struct DecodeShape {
   static constexpr int kTiles = D / 16;  // of 16 coordinates
   // Accumulators take D/4 · kNT registers a lane. A 16th of the 65536 registers stays free: there
   // a block of rotate_query.cu finds room, so that no decode block has to wait for one.
-  static constexpr int kWarps = kPortable              ? (D <= 192 ? 4 : 512 / D)
-                                : kNT == 1 && D <= 128 ? 16
-                                                       : 8;
+  static constexpr int kWarps = kPortable ? portable_warps(D) : kNT == 1 && D <= 128 ? 16 : 8;
   static constexpr int kThreads = 32 * kWarps;
   // So many steps of the queries are kept in registers, the rest in shared memory: as many as make
   // no other register spill.
