@@ -1,6 +1,6 @@
 // The frame of the decode kernel: its sizes, where things lie in shared memory, and the
 // descriptions that its parts find there. They are separate functions, so that none takes registers
-// from another (decode.cuh), and what they know of the task is in shared memory, near.
+// from another (decode_warps.cuh), and what they know of the task is in shared memory, near.
 #pragma once
 
 #include "decode.h"
