@@ -117,10 +117,15 @@ def test_byte_for_byte_beside_the_reference(
 
 
 @pytest.mark.parametrize("norm", POLICIES)
-@pytest.mark.parametrize("dim", [16, 50, 128])
-def test_norm_policies(backend: Backend, norm: str, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(16, torch.float32), (50, torch.float32), (128, torch.float32), (128, torch.bfloat16),
+     (80, torch.bfloat16), (512, torch.bfloat16)],
+)  # fmt: skip
+def test_norm_policies(backend: Backend, norm: str, dim: int, dtype: torch.dtype) -> None:
     """Their definitions, up to the rounding of the stored norm to bfloat16."""
-    x = (randn(500, dim, seed=1) * torch.logspace(-3, 3, 500).unsqueeze(-1)).to(backend.device)
+    x = randn(1000, dim, seed=1) * torch.logspace(-3, 3, 1000).unsqueeze(-1)
+    x = x.to(backend.device, dtype)
     centroids, _, rotation = constants(dim, backend)
     packed, norms = check_compress(backend, x, norm=norm)
     x64 = x.cpu().double()
@@ -173,6 +178,30 @@ def test_a_value_on_a_boundary_belongs_below_it(backend: Backend) -> None:
     assert (norms == 1).all()
     assert oracles.unpack(packed)[0].tolist() == [12, 2] * 8
     assert oracles.unpack(packed)[1].tolist() == [13, 1, 13, 1] + [4] * 12
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [
+        [-2.0, -1.5, -1.0, -0.8, -0.6, -0.4, -0.2, 0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0],
+        [-2.0, -1.5, -1.0, -0.8, -0.6, -0.4, -0.001, 0.0, 0.001, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0],
+        [0.05 * i for i in range(15)],
+        [0.3] * 8 + [0.7] * 7,
+        [0.3] * 15,
+        [-math.inf] * 2 + [0.1 * i for i in range(11)] + [math.inf] * 2,
+    ],
+    ids=["symmetric", "three close together", "on one side", "two values", "one value", "infinite"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], **DTYPE_IDS)
+def test_any_ascending_boundaries(
+    backend: Backend, boundaries: list[float], dtype: torch.dtype
+) -> None:
+    dim = 128
+    x = randn(1000, dim, seed=3, dtype=dtype).to(backend.device)
+    pi = tq.rotation(dim).to(backend.device)
+    at = (torch.tensor(boundaries) / math.sqrt(dim)).to(backend.device)
+    packed, _ = backend.ops.compress(x, pi, at)
+    oracles.assert_codes(packed, oracles.encode(x, pi, at))
 
 
 def test_high_nibble_is_the_even_coordinate(backend: Backend) -> None:

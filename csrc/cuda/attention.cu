@@ -5,6 +5,7 @@
 
 #include "decode.h"
 #include "kernels.h"
+#include "prepare.h"
 #include "tuned.h"
 
 namespace tq::cuda {
@@ -17,26 +18,12 @@ namespace {
 
 int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to); }
 
-// The decode kernels of this library that are not empty on the current device (decode_block.cuh);
-// what counts is the architecture that the code in use was compiled for.
-enum class Kind : int8_t { unknown, none, portable, bulk };
-
-__global__ void compiled_for() {}
+// The decode kernels of this library that are not empty on the current device (decode_block.cuh).
+enum class Kind { none, portable, bulk };
 
 Kind device_kind() {
-  static std::atomic<Kind> known[64];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return Kind::none;
-  std::atomic<Kind>& here = known[device % 64];
-  if (here == Kind::unknown) {
-    cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, compiled_for) != cudaSuccess) return Kind::none;
-    const int version = attributes.ptxVersion;
-    here = version >= 90 && version < 120 ? Kind::bulk
-           : version >= 80                ? Kind::portable
-                                          : Kind::none;
-  }
-  return here;
+  const int version = compiled_for();
+  return version >= 90 && version < 120 ? Kind::bulk : version >= 80 ? Kind::portable : Kind::none;
 }
 
 // Blocks of the portable kernels that run at once on a multiprocessor; a KB of each is the

@@ -2,17 +2,16 @@
 // slot, and 16 vectors of 16-bit numbers as operand A of a tensor-core product.
 //
 // A warp takes 16 vectors. Lane r < 16 knows where vector r lies; thread (g, t) = (lane / 4,
-// lane % 4) holds coordinates 32c + 8t .. 32c + 8t + 7 of vectors g and g + 8, for every chunk c of
-// 32, as one 16-byte load brings them. The order of a contraction is free, so that load is two
-// fragments of m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"):
-// step 2c + i contracts coordinates 4i .. 4i + 3 of each thread's eight, and a matrix multiplied
-// with it has its columns in the same order (`coordinate`).
+// lane % 4) holds numbers of vectors g and g + 8, in the fragments of m16n8k16 (PTX ISA, "Matrix
+// Fragments for mma.m16n8k16 with floating point type"). The order of a contraction is free: where
+// fragments come straight from memory, step 2c + i contracts coordinates 4i .. 4i + 3 of the eight,
+// 32c + 8t .. 32c + 8t + 7, that a 16-byte load brings (`place`).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
+#include <cstddef>
 
 #include "codec_mma.cuh"
 #include "device/element.cuh"
@@ -46,13 +45,28 @@ inline int shared_limit() {
   return bytes;
 }
 
-// The kernels' choice, in the order of preference; compress.cu and decompress.cu.
+// What codec_prepare.cu finds for the kernels of tiles, once instead of in each of their blocks.
+struct Prepared {
+  static constexpr int kShares = 16;
+  uint32_t ascending[kShares];  // of every share of the slots: whether they ascend
+  uint32_t unused[48];
+  uint4 rotation[1];  // operand B in fp16, in the order of core_offset (codec_mma.cuh)
+};
+constexpr int64_t prepared_bytes(int64_t D) {
+  return static_cast<int64_t>(offsetof(Prepared, rotation)) + D * ((D + 31) / 32 * 32) * 2;
+}
+cudaError_t launch_prepare_compress(const CompressProblem&, Prepared*, cudaStream_t);
+cudaError_t launch_prepare_decompress(const DecompressProblem&, Prepared*, cudaStream_t);
+
+// The kernels' choice, in the order of preference; compress.cu and decompress.cu. Those of tiles
+// need a workspace (codec_prepare.cu).
 cudaError_t launch_compress_few(const CompressProblems&, int count, cudaStream_t);
 bool compress_tiles_fit(const CompressProblem&);
-cudaError_t launch_compress_tiles(const CompressProblems&, int count, cudaStream_t);
+cudaError_t launch_compress_tiles(const CompressProblems&, int count, void* workspace,
+                                  cudaStream_t);
 cudaError_t launch_compress_general(const CompressProblems&, int count, cudaStream_t);
 bool decompress_tiles_fit(const DecompressProblem&);
-cudaError_t launch_decompress_tiles(const DecompressProblem&, cudaStream_t);
+cudaError_t launch_decompress_tiles(const DecompressProblem&, void* workspace, cudaStream_t);
 cudaError_t launch_decompress_general(const DecompressProblem&, cudaStream_t);
 
 // ------------------------------------------------------------------------------------ places
@@ -111,55 +125,16 @@ __device__ inline bool superseded(const CompressProblem& p, const Position& at, 
   return lost;
 }
 
-// store(i, load(i)) for i = first, first + step, ... below end, with kBatch loads under way at a
-// time.
-template <int kBatch, class Load, class Store>
-__device__ void in_batches(unsigned first, unsigned end, unsigned step, Load load, Store store) {
-  for (unsigned i = first; i < end; i += kBatch * step) {
-    decltype(load(i)) loaded[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-      if (i + b * step < end) loaded[b] = load(i + b * step);
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-      if (i + b * step < end) store(i + b * step, loaded[b]);
-  }
-}
-
-// This thread's share of whether slots ascend, after those to be skipped: then no token supersedes
-// another.
-template <class Int>
-__device__ bool ascend(const Int* slots, int64_t stride, unsigned count) {
-  bool all = true;
-  struct Two {
-    Int before, after;
-  };
-  in_batches<8>(
-      threadIdx.x + 1, count, blockDim.x,
-      [&](unsigned s) { return Two{slots[(s - 1) * stride], slots[s * stride]}; },
-      [&](unsigned, Two slot) {
-        all &= (slot.before < slot.after) | ((slot.before < 0) & (slot.after < 0));
-      });
-  return all;
-}
-
 // ------------------------------------------------------------------------- sixteen vectors
-
-// The coordinate that comes at place 8i of the contraction; those after it are 1, 8, 9, 16, 17, 24
-// and 25 higher.
-__device__ inline unsigned coordinate(unsigned i) { return i / 4 * 32 + i / 2 % 2 * 4 + i % 2 * 2; }
-
-template <class T>
-__device__ void mma_of(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>)
-    mma(c, a, b0, b1);
-  else
-    mma_bf16(c, a, b0, b1);
-}
 
 __device__ inline uint32_t half_pair(float first, float second) {
   const __half2 pair = __floats2half2_rn(first, second);
   return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ inline uint32_t bfloat_pair(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 __device__ inline float quad_sum(float x) {
@@ -179,15 +154,17 @@ struct Lengths {
 };
 
 // |x|² of the thread's two vectors: the diagonal of a · aᵀ, for operand A's fragment of eight rows
-// is operand B's of eight columns.
+// and columns is operand B's of eight columns.
 template <class T, int kSteps>
 __device__ void square_sums(const uint32_t (&a)[kSteps][4], float (&squares)[2]) {
   float low[4] = {}, high[4] = {};  // columns g, g + 8
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    mma_of<T>(low, a[i], a[i][0], a[i][2]);
-    mma_of<T>(high, a[i], a[i][1], a[i][3]);
-  }
+  for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+    for (int half = 0; half < 4; half += 2) {
+      mma_k8<T>(low, a[i][half], a[i][half + 1], a[i][half]);
+      mma_k8<T>(high, a[i][half], a[i][half + 1], a[i][half + 1]);
+    }
   // Of vector g, lane 4g + g / 2 has column g.
   const int g = threadIdx.x % 32 / 4, from = 4 * g + g / 2;
   squares[0] = __shfl_sync(~0u, threadIdx.x / 4 % 2 ? low[1] : low[0], from);

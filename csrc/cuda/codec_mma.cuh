@@ -7,23 +7,42 @@
 // reads without bank conflicts.
 //
 // On sm_90a four warps multiply together (m64nNk16, `a` from registers): the full rate of the
-// tensor cores, and b is read once for 64 rows. Elsewhere each warp is on its own (m16n8k16). The
-// fragments of `a` and `y` are the same: y[4j ..] are columns 8j + 2t, 8j + 2t + 1 of row g, then
-// of row g + 8.
+// tensor cores, b is read once for 64 rows, and the result of one product can be used while the
+// next is under way. Elsewhere each warp is on its own (m16n8k16). The fragments are the same: y[4j
+// ..] are columns 8j + 2t, 8j + 2t + 1 of row g, then of row g + 8.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "device/ptx.cuh"
 
 namespace tq::cuda {
 
-// `mma` with bfloat16 operands.
-__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// c += a · b of 8 columns of a, m16n8k8: `low` rows g, `high` rows g + 8 of a; b column g.
+template <class T>
+__device__ void mma_k8(float (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(low), "r"(high), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(low), "r"(high), "r"(b));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l says where row l % 8 of matrix
+// l / 8 lies.
+__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row)
+               : "memory");
 }
 
 // Where row n, column k of b lies, in bytes.
@@ -74,15 +93,21 @@ __device__ inline void wgmma(float (&y)[32], const uint32_t (&a)[4], uint32_t b,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(stride), "r"(add));
 }
 
-// y = a · bᵀ for the N = 2 kY rows of b from shared address `b` on. By four warps together.
+// Starts y = a · bᵀ for the N = 2 kY rows of b from shared address `b` on. By four warps together.
+// Neither y nor a may be touched before `finish`.
 template <int kY, int kSteps>
-__device__ void multiply(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_t b) {
-  const uint32_t first = describe(b);
+__device__ void start(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_t b) {
+  const uint32_t first = uniform(describe(b));
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) wgmma(y, a[i], first + i * (256 >> 4), 16 * kSteps, i > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Waits for y, with kPending products started after it.
+template <int kPending, int kY>
+__device__ void finish(float (&y)[kY]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
   for (int i = 0; i < kY; ++i) asm volatile("" : "+f"(y[i]));  // not read before
 }
@@ -93,7 +118,7 @@ __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;"
 #else
 
 template <int kY, int kSteps>
-__device__ void multiply(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_t b) {
+__device__ void start(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_t b) {
   // Lane l fetches row l % 8 of core l / 8 of 2 x 2: 16 rows of b by 16 columns.
   const int lane = threadIdx.x % 32;
   b += lane / 16 * (256 * kSteps) + lane / 8 % 2 * 128 + lane % 8 * 16;
@@ -104,13 +129,14 @@ __device__ void multiply(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_
 #pragma unroll
     for (int j = 0; j < kY / 4; j += 2) {
       uint32_t r[4];
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(b + j * (256 * kSteps) + i * 256));
+      load_matrices(r, b + j * (256 * kSteps) + i * 256);
       mma(reinterpret_cast<float (&)[4]>(y[4 * j]), a[i], r[0], r[1]);
       mma(reinterpret_cast<float (&)[4]>(y[4 * j + 4]), a[i], r[2], r[3]);
     }
 }
+
+template <int kPending, int kY>
+__device__ void finish(float (&)[kY]) {}
 
 __device__ inline void publish() {}
 

@@ -11,8 +11,12 @@
 namespace tq::cuda {
 
 // One problem or two of equal sizes and types: the keys and the values of an update.
-cudaError_t launch_compress(const CompressProblem* problems, int count, cudaStream_t stream);
-cudaError_t launch_decompress(const DecompressProblem& problem, cudaStream_t stream);
+int64_t compress_workspace(const CompressProblem* problems, int count);  // bytes
+cudaError_t launch_compress(const CompressProblem* problems, int count, void* workspace,
+                            cudaStream_t stream);
+int64_t decompress_workspace(const DecompressProblem& problem);  // bytes
+cudaError_t launch_decompress(const DecompressProblem& problem, void* workspace,
+                              cudaStream_t stream);
 
 // Attention: the decode kernels (decode.h) where they fit, else the general one.
 int64_t attention_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes

@@ -60,7 +60,9 @@ std::tuple<Tensor, Tensor> compress_op(const Tensor& x, const Tensor& rotation,
                                        const std::string& norm, const OptionalTensor& offset) {
   const auto checked = check_compress(x, rotation, boundaries, centroids, norm, offset);
   const OnDevice device(x);
-  device.check(launch_compress(&checked.problem, 1, device.stream()), "compress");
+  const Tensor workspace = device.workspace(compress_workspace(&checked.problem, 1));
+  device.check(launch_compress(&checked.problem, 1, workspace.data_ptr(), device.stream()),
+               "compress");
   return {checked.outputs[0], checked.outputs[1]};
 }
 
@@ -69,7 +71,9 @@ Tensor decompress_op(const Tensor& packed, const Tensor& norms, const Tensor& ce
                      std::optional<ScalarType> dtype) {
   const auto checked = check_decompress(packed, norms, centroids, rotation, offset, dtype);
   const OnDevice device(packed);
-  device.check(launch_decompress(checked.problem, device.stream()), "decompress");
+  const Tensor workspace = device.workspace(decompress_workspace(checked.problem));
+  device.check(launch_decompress(checked.problem, workspace.data_ptr(), device.stream()),
+               "decompress");
   const Tensor& x = checked.outputs[0];
   return dtype == ScalarType::Double ? torch::stable::to(x, ScalarType::Double) : x;
 }
@@ -82,7 +86,8 @@ void update_op(const Tensor& k, const Tensor& v, const Tensor& input_pos, const 
                                     v_packed, v_norms, centroids, k_norm, v_norm, k_offset);
   const OnDevice device(k);
   const CompressProblem problems[] = {checked.k, checked.v};
-  device.check(launch_compress(problems, 2, device.stream()), "update_");
+  const Tensor workspace = device.workspace(compress_workspace(problems, 2));
+  device.check(launch_compress(problems, 2, workspace.data_ptr(), device.stream()), "update_");
 }
 
 void run_attention(const AttentionProblem& problem, const Tensor& query, const char* op) {

@@ -8,6 +8,10 @@
 
 namespace tq::cuda {
 
+// The architecture that the code in use on the current device was compiled for: 90 is compute
+// capability 9.0, 0 none.
+int compiled_for();
+
 // Lets a kernel have so much shared memory, once on each device, and counts the multiprocessors
 // for who wants to know.
 template <auto kKernel>

@@ -25,8 +25,9 @@ struct Table {
     const uint32_t level = __half_as_ushort(__float2half(centroid * scale));
     // Four words at a time: eight lanes write the 32 repetitions of one.
 #pragma unroll
-    for (int i = 0; i < 64 / kWarps; ++i) {
+    for (int i = 0; i < (64 + kWarps - 1) / kWarps; ++i) {
       const int byte = (i * kWarps + warp) * 4 + lane / 8;
+      if (64 % kWarps != 0 && byte >= 256) break;
       const uint32_t high = __shfl_sync(~0u, level, byte >> 4);
       const uint32_t word = high | __shfl_sync(~0u, level, byte & 15) << 16;
       *reinterpret_cast<uint4*>(table + byte * kStride + lane % 8 * 16) = {word, word, word, word};
