@@ -47,10 +47,9 @@ inline int shared_limit() {
 
 // What codec_prepare.cu finds for the kernels of tiles, once instead of in each of their blocks.
 struct Prepared {
-  static constexpr int kShares = 16;
+  static constexpr int kShares = 32;
   uint32_t ascending[kShares];  // of every share of the slots: whether they ascend
-  uint32_t unused[48];
-  uint4 rotation[1];  // operand B in fp16, in the order of core_offset (codec_mma.cuh)
+  uint4 rotation[1];            // operand B in fp16, in the order of core_offset (codec_mma.cuh)
 };
 constexpr int64_t prepared_bytes(int64_t D) {
   return static_cast<int64_t>(offsetof(Prepared, rotation)) + D * ((D + 31) / 32 * 32) * 2;

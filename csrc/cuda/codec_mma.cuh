@@ -7,9 +7,8 @@
 // reads without bank conflicts.
 //
 // On sm_90a four warps multiply together (m64nNk16, `a` from registers): the full rate of the
-// tensor cores, b is read once for 64 rows, and the result of one product can be used while the
-// next is under way. Elsewhere each warp is on its own (m16n8k16). The fragments are the same: y[4j
-// ..] are columns 8j + 2t, 8j + 2t + 1 of row g, then of row g + 8.
+// tensor cores, and b is read once for 64 rows. Elsewhere each warp is on its own (m16n8k16). The
+// fragments are the same: y[4j ..] are columns 8j + 2t, 8j + 2t + 1 of row g, then of row g + 8.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -104,16 +103,27 @@ __device__ void start(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_t b
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits for y, with kPending products started after it.
-template <int kPending, int kY>
+template <int kY>
 __device__ void finish(float (&y)[kY]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < kY; ++i) asm volatile("" : "+f"(y[i]));  // not read before
 }
 
-// After writing b: the tensor cores read shared memory through a proxy of their own.
-__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Bytes of b to shared memory, counted on a barrier. All blocks read them, over and over: they
+// shall stay in the L2 (the policy that createpolicy makes of evict_last).
+__device__ inline void copy_operand(uint32_t to, const void* from, uint32_t bytes,
+                                    uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+      "%2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(0x14F0000000000000)
+      : "memory");
+}
 
 #else
 
@@ -135,10 +145,8 @@ __device__ void start(float (&y)[kY], const uint32_t (&a)[kSteps][4], uint32_t b
     }
 }
 
-template <int kPending, int kY>
+template <int kY>
 __device__ void finish(float (&)[kY]) {}
-
-__device__ inline void publish() {}
 
 #endif
 

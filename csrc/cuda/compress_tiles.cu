@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
   const float level = p.centroids ? p.centroids[lane % kLevels] : 0;
 
   wait_for_previous_kernel();
-  const bool ascending =
-      !p.slot || __all_sync(~0u, task.prepared->ascending[lane % Prepared::kShares]);
+  const bool ascending = !p.slot || __all_sync(~0u, task.prepared->ascending[lane]);
   Rotation<D> rotation(address, task.prepared);
 
   // A block that streams the rotation stays together, and has a tile as long as its first warp has.
@@ -76,9 +75,9 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
     const auto coordinates = [&]<int N>(int first) {
       float y[N / 2];
       uint32_t word[2];
-      rotation.multiply_first_half(y, a, first);
+      rotation.multiply_first(y, a, first);
       for (int r = 0; r < 2; ++r) word[r] = rows.template encode<0>(encoder, y, r, level);
-      rotation.multiply_second_half(y);
+      rotation.multiply_second(y, a, first);
       for (int r = 0; r < 2; ++r)
         rows.template store<N / 8>(first, r, word[r],
                                    rows.template encode<1>(encoder, y, r, level));

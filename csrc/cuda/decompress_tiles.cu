@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
 
     const auto coordinates = [&]<int N>(int first) {
       float y[N / 2];
-      rotation.multiply_first_half(y, a, first);
+      rotation.multiply_first(y, a, first);
       rows.template store<0>(y, first);
-      rotation.multiply_second_half(y);
+      rotation.multiply_second(y, a, first);
       rows.template store<1>(y, first);
     };
 #pragma unroll 1
