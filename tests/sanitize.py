@@ -30,7 +30,7 @@ def codec_cases(dim: int) -> Iterator[Case]:
     pi, (centroids, boundaries) = tq.rotation(dim), tq.codebook(dim)
     offset = randn(2, 3, 1, dim, seed=1)
     for dtype in oracles.QUERY_DTYPES:
-        for T in (1, 37, 130):
+        for T in (1, 37, 230):
             x = randn(2, 3, T, dim, seed=2, dtype=dtype)
             yield f"compress T{T} {dtype}", ops.compress, (x, pi, boundaries), {}
         stored = tq.compress(randn(2, 3, 75, dim, seed=3), pi, boundaries)
@@ -40,7 +40,9 @@ def codec_cases(dim: int) -> Iterator[Case]:
         }
         yield f"decompress to {dtype}", ops.decompress, (*stored, centroids, pi), options
     for norm in ("preserve", "unbiased"):
-        options = {"centroids": centroids, "norm": norm, "offset": offset}
+        options = {"centroids": centroids, "norm": norm}
+        yield f"compress {norm}", ops.compress, (x, pi, boundaries), options
+        options = {**options, "offset": offset}
         yield f"compress {norm}, offset", ops.compress, (x, pi, boundaries), options
     strided = x.transpose(1, 2)[:, :, ::2]
     yield "compress, strided", ops.compress, (strided, pi, boundaries), {}
@@ -54,7 +56,7 @@ def updated(*args: Any, **options: Any) -> tuple[Tensor, ...]:
 
 def update_cases(dim: int) -> Iterator[Case]:
     pi, (centroids, boundaries) = tq.rotation(dim), tq.codebook(dim)
-    for T, name in [(1, "one token"), (5, "some tokens"), (70, "many tokens")]:
+    for T, name in [(1, "one token"), (5, "some tokens"), (230, "many tokens")]:
         k, v = randn(2, 2, 3, T, dim, seed=4, dtype=torch.bfloat16)
         pos = torch.stack([torch.arange(T), torch.arange(T).flip(0)])
         pos[1, 0] = -1  # skipped
