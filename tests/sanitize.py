@@ -61,7 +61,7 @@ def update_cases(dim: int) -> Iterator[Case]:
         pos = torch.stack([torch.arange(T), torch.arange(T).flip(0)])
         pos[1, 0] = -1  # skipped
         for policy in ("l2", "unbiased"):
-            state = random_cache(2, 3, 71, dim, seed=5).args[:4]
+            state = random_cache(2, 3, T + 1, dim, seed=5).args[:4]
             args = (k, v, pos, pi, boundaries, *state)
             options = {"centroids": centroids, "k_norm": policy, "v_norm": policy}
             yield f"update_, {name}, {policy}", updated, args, options
