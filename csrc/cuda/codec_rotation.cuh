@@ -29,10 +29,12 @@ class ResidentRotation {
     if (threadIdx.x == 0) {
       barrier_init(full, 1);
       barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
       barrier_expect(full, kBytes - 128);
       copy_operand(shared, prepared->rotation, kBytes - 128, full);
     }
-    __syncthreads();
     barrier_wait(full, 0);
 #else
     copy_rotation(shared, prepared->rotation, kBytes - 128);
