@@ -51,8 +51,9 @@ struct Prepared {
   uint32_t ascending[kShares];  // of every share of the slots: whether they ascend
   uint4 rotation[1];            // operand B in fp16, in the order of core_offset (codec_mma.cuh)
 };
+TQ_HOST_DEVICE constexpr int rotation_bytes(int D) { return D * 64 * chunks_of(D); }
 constexpr int64_t prepared_bytes(int64_t D) {
-  return static_cast<int64_t>(offsetof(Prepared, rotation)) + D * ((D + 31) / 32 * 32) * 2;
+  return static_cast<int64_t>(offsetof(Prepared, rotation)) + rotation_bytes(static_cast<int>(D));
 }
 cudaError_t launch_prepare_compress(const CompressProblem&, Prepared*, cudaStream_t);
 cudaError_t launch_prepare_decompress(const DecompressProblem&, Prepared*, cudaStream_t);
@@ -122,6 +123,56 @@ __device__ inline bool superseded(const CompressProblem& p, const Position& at, 
     if (__any_sync(~0u, found) && lane == row) lost = true;
   }
   return lost;
+}
+
+// ----------------------------------------------------------------------------------- tiles
+
+// Warpgroups of a block of the kernels of tiles: as many as registers allow.
+TQ_HOST_DEVICE constexpr int tile_groups(int D) { return D <= 128 ? 4 : D <= 256 ? 3 : 2; }
+
+// A warp's 16 vectors of a tile, which is 64 for a warpgroup.
+template <class Problem>
+class TileRows {
+ public:
+  __device__ uint32_t tiles() const { return (vectors_ + 63) / 64; }
+
+ protected:
+  __device__ TileRows(const Problem& p, const Order& order)
+      : p_(p), order_(order), vectors_(static_cast<uint32_t>(p.B * p.H * p.S)) {}
+
+  // Where lane r's vector of a tile is, vector r; false: there is none.
+  __device__ bool find(uint32_t tile, Position* at) const {
+    const uint32_t vector = tile * 64 + threadIdx.x / 32 % 4 * kRows + lane();
+    if (tile >= tiles() || lane() >= kRows || vector >= vectors_) return false;
+    *at = Position(vector, order_);
+    return true;
+  }
+
+  static __device__ int lane() { return threadIdx.x % 32; }
+  static __device__ int g() { return lane() / 4; }
+  static __device__ int t() { return lane() % 4; }
+
+  const Problem& p_;
+
+ private:
+  const Order& order_;
+  uint32_t vectors_;
+};
+
+// The coordinate in column n of a product, so that a thread's numbers are adjacent: of kWidth or
+// fewer adjacent coordinates, columns 8j + 2t and 8j + 2t + 1 are number 2j and 2j + 1 of thread t.
+template <int D, int kWidth>
+__device__ unsigned adjacent_column(unsigned n) {
+  const unsigned first = n / kWidth * kWidth, size = D - first < kWidth ? D - first : kWidth;
+  return first + n % 8 / 2 * (size / 4) + n % kWidth / 8 * 2 + n % 2;
+}
+
+// f<N>(first) for the coordinates first .. first + N - 1, 64 at a time.
+template <int D, class F>
+__device__ void by_coordinates(F f) {
+#pragma unroll 1
+  for (int first = 0; first + 64 <= D; first += 64) f.template operator()<64>(first);
+  if constexpr (D % 64 != 0) f.template operator()<D % 64>(D / 64 * 64);
 }
 
 // ------------------------------------------------------------------------- sixteen vectors

@@ -1,7 +1,7 @@
 // What the kernels of tiles need, made once before them: the rotation as operand B of their
 // products, in fp16 and in the order in which it lies in shared memory, and whether slots ascend.
 //
-// A thread makes 16 bytes, 8 columns of a row of B. D = 128: 16 blocks, and as many for the slots,
+// A thread makes 16 bytes, 8 columns of a row of B. D = 128: 16 blocks, and 32 for the slots, about
 // 2 us that the kernel of tiles, started beside this one, spends fetching its first vectors. Were
 // each of its blocks to do it, they would read twice the bytes from L2 and run 132 times the
 // instructions: 4 us at D = 128, 10 us at D = 256.
@@ -24,7 +24,7 @@ struct Place {
 };
 
 template <int D>
-constexpr int kPieces = D * 32 * chunks_of(D) / 8;
+constexpr int kPieces = rotation_bytes(D) / 16;
 template <int D>
 constexpr int kBlocks = (kPieces<D> + kThreads - 1) / kThreads;
 

@@ -19,7 +19,8 @@ __device__ inline void copy_rotation(uint32_t to, const uint4* from, int bytes) 
 template <int D>
 class ResidentRotation {
  public:
-  static constexpr int kBytes = D * 64 * chunks_of(D) + 128;
+  static constexpr bool kStreams = false;
+  static constexpr int kBytes = rotation_bytes(D) + 128;
 
   // By all threads of a block, after the kernel that prepares. What they wrote to shared memory
   // before is there for all, too.
@@ -63,6 +64,7 @@ class ResidentRotation {
 template <int D>
 class StreamedRotation {
  public:
+  static constexpr bool kStreams = true;
   static constexpr int kPlace = 64 * D, kPlaces = 3;
   static constexpr int kBytes = kPlaces * kPlace + 128;
 

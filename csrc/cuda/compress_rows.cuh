@@ -6,7 +6,7 @@
 //              scaled by a power of two per vector
 //   encode     what the product with the rotation made of them, six instructions a coordinate
 //   store      a nibble of each; the rotation's rows are ordered such that of 64 coordinates a
-//              thread has 8 adjacent bytes of a vector and four threads write 32 (column)
+//              thread has 8 adjacent bytes of a vector and four threads write 32
 #pragma once
 
 #include "codec.cuh"
@@ -76,7 +76,7 @@ class Encoder {
 };
 
 template <int D>
-class Rows {
+class Rows : public TileRows<CompressProblem> {
  public:
   static constexpr int kChunks = chunks_of(D), kSteps = 2 * kChunks;
   static constexpr int kRowBytes = 64 * kChunks;
@@ -84,28 +84,20 @@ class Rows {
 
   // `fetched`: shared address of this warp's part, a multiple of 128.
   __device__ Rows(const CompressProblem& p, const Order& order, uint32_t fetched)
-      : p_(p), order_(order), vectors_(static_cast<uint32_t>(p.B * p.H * p.S)) {
+      : TileRows(p, order) {
     to_fetch_ = fetched + place_of(g(), t());
     to_take_ = fetched + place_of(lane() % 16, lane() / 16);
   }
 
-  // The coordinate in column n of the product: of 64 or fewer adjacent ones thread t has columns
-  // 8j + 2t and 8j + 2t + 1, which become its byte j.
-  static __device__ unsigned column(unsigned n) {
-    const unsigned first = n / 64 * 64, size = D - first < 64 ? D - first : 64;
-    return first + n % 8 / 2 * (size / 4) + n % 64 / 8 * 2 + n % 2;
-  }
-
-  __device__ uint32_t tiles() const { return (vectors_ + 63) / 64; }
+  // The coordinate in column n of the product: 8 adjacent bytes of 64 coordinates to a thread.
+  static __device__ unsigned column(unsigned n) { return adjacent_column<D, 64>(n); }
 
   // The tile that `fetch` brings from now on, and whose slots are asked for.
   __device__ void aim(uint32_t tile) {
     next_ = {};
     int64_t offset = -1;
-    const uint32_t vector = tile * 64 + threadIdx.x / 32 % 4 * kRows + lane();
-    if (tile < tiles() && lane() < kRows && vector < vectors_) {
+    if (find(tile, &next_.at)) {
       next_.exists = true;
-      next_.at = Position(vector, order_);
       if (p_.slot) next_.load_slot(p_.slot);
       offset = offset_of(p_.x, next_.at.b, next_.at.h, next_.at.s);
     }
@@ -227,13 +219,6 @@ class Rows {
     return (from ^ by % kTurn * 16) + by / kTurn * kTurn * 16;
   }
 
-  static __device__ int lane() { return threadIdx.x % 32; }
-  static __device__ int g() { return lane() / 4; }
-  static __device__ int t() { return lane() % 4; }
-
-  const CompressProblem& p_;
-  const Order& order_;
-  uint32_t vectors_;
   uint32_t to_fetch_, to_take_;  // where the lane's first piece comes; which row's it loads
   const uint16_t* source_[2];    // where the thread's coordinates of chunk 0 lie
   int bytes_[2];                 // to copy at once: 16, or 0 if there is no such vector

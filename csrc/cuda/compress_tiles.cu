@@ -4,7 +4,7 @@
 // a warp 16 of them (compress_rows.cuh), fetches the next while it multiplies these with the
 // rotation (codec_rotation.cuh), 64 coordinates at a time, and encodes the result. Up to D = 256
 // the rotation stays in shared memory and warpgroups work on their own; for D = 512 it streams by
-// and the two warpgroups meet at every 32 coordinates.
+// and the two warpgroups take turns, 32 coordinates at a time.
 //
 //            shared memory of a block
 //   D <= 256   rotation 2 D²                  next vectors 32 D a warp     (D = 128: 32 + 64 KB)
@@ -26,8 +26,7 @@ namespace {
 
 template <int D>
 struct Shape {
-  static constexpr bool kStreams = D > 256;
-  static constexpr int kGroups = D <= 128 ? 4 : D <= 256 ? 3 : 2;
+  static constexpr int kGroups = tile_groups(D);
   static constexpr int kGroupBytes = 4 * Rows<D>::kBytes;
 };
 
@@ -40,7 +39,7 @@ struct Task {
 template <int D>
 __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
     compress_tiles(const __grid_constant__ Task task) {
-  constexpr bool kStreams = Shape<D>::kStreams;
+  constexpr bool kStreams = Rotation<D>::kStreams;
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const CompressProblem& p = task.of[uniform(blockIdx.y)];
@@ -82,9 +81,7 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
         rows.template store<N / 8>(first, r, word[r],
                                    rows.template encode<1>(encoder, y, r, level));
     };
-#pragma unroll 1
-    for (int first = 0; first + 64 <= D; first += 64) coordinates.template operator()<64>(first);
-    if constexpr (D % 64 != 0) coordinates.template operator()<D % 64>(D / 64 * 64);
+    by_coordinates<D>(coordinates);
     rows.store_norms();
   }
   copies_wait<0>();

@@ -5,8 +5,8 @@
 //   take       as operand A (fragments: codec.cuh): a table finds the two fp16 levels of a byte
 //              (device/table.cuh)
 //   store      what the product with the rotation made of them, times the norm; the rotation's
-//   columns are ordered such that a thread has 8 adjacent
-//              coordinates of a vector, 16 bytes, and four threads write 64 (column)
+//              columns are ordered such that a thread has 8 adjacent coordinates of a vector, 16
+//              bytes, and four threads write 64
 //
 // Levels are scaled by a power of two that brings the largest to 2^8, undone with the norm.
 #pragma once
@@ -44,24 +44,19 @@ class Levels {
 };
 
 template <int D>
-class CompressedRows {
+class CompressedRows : public TileRows<DecompressProblem> {
  public:
   static constexpr int kChunks = chunks_of(D), kSteps = 2 * kChunks;
   // Bytes of a thread's piece of a row.
   static constexpr int kPiece = D % 128 == 0 ? 16 : D % 64 == 0 ? 8 : 4;
 
-  __device__ CompressedRows(const DecompressProblem& p, const Order& order)
-      : p_(p), order_(order), vectors_(static_cast<uint32_t>(p.B * p.H * p.S)) {}
-
-  __device__ uint32_t tiles() const { return (vectors_ + 63) / 64; }
+  __device__ CompressedRows(const DecompressProblem& p, const Order& order) : TileRows(p, order) {}
 
   // Asks for the bytes and norms of a tile, if it exists.
   __device__ void fetch(uint32_t tile) {
     next_ = {};
     int64_t from = -1;
-    const uint32_t vector = tile * 64 + threadIdx.x / 32 % 4 * kRows + lane();
-    if (tile < tiles() && lane() < kRows && vector < vectors_) {
-      const Position at(vector, order_);
+    if (Position at; find(tile, &at)) {
       from = offset_of(p_.packed, at.b, at.h, at.s);
       next_.x = offset_of(p_.x, at.b, at.h, at.s);
       if (p_.offset) next_.offset = offset_of(p_.offset, at.b, at.h, 0);
@@ -109,12 +104,8 @@ class CompressedRows {
     const unsigned step = i / 16 % (kPiece / 2), group = i / 16 / (kPiece / 2);
     return group * 8 * kPiece + i % 8 / 2 * 2 * kPiece + step * 4 + i % 16 / 8 * 2 + i % 2;
   }
-  // The coordinate in column n of the product: of 32 or fewer adjacent ones thread t has columns
-  // 8j + 2t and 8j + 2t + 1, which become its coordinates 2j and 2j + 1.
-  static __device__ unsigned column(unsigned n) {
-    const unsigned first = n / 32 * 32, size = D - first < 32 ? D - first : 32;
-    return first + n % 8 / 2 * (size / 4) + n % 32 / 8 * 2 + n % 2;
-  }
+  // The coordinate in column n of the product: 8 adjacent ones of 32 to a thread.
+  static __device__ unsigned column(unsigned n) { return adjacent_column<D, 32>(n); }
 
   // Stores up to 32 coordinates from first + 32i on, columns 32i and those after it of y.
   template <int i, int kY>
@@ -167,13 +158,6 @@ class CompressedRows {
     }
   }
 
-  static __device__ int lane() { return threadIdx.x % 32; }
-  static __device__ int g() { return lane() / 4; }
-  static __device__ int t() { return lane() % 4; }
-
-  const DecompressProblem& p_;
-  const Order& order_;
-  uint32_t vectors_;
   Row next_;
   Piece pieces_[kPieces][2] = {};
   int64_t to_[2], offset_[2];

@@ -4,7 +4,7 @@
 // a warp 16 of them (decompress_rows.cuh), asks for the next, and multiplies with the transposed
 // rotation, 64 coordinates at a time (codec_rotation.cuh). Up to D = 256 the rotation stays in
 // shared memory and warpgroups work on their own; for D = 512 it streams by and the two warpgroups
-// meet at every 32 coordinates.
+// take turns, 32 coordinates at a time.
 //
 // Shared memory: the table of levels, 64 KB, and the rotation, 2 D² bytes or 96 KB.
 //
@@ -21,8 +21,7 @@ namespace {
 
 template <int D>
 struct Shape {
-  static constexpr bool kStreams = D > 256;
-  static constexpr int kGroups = D <= 128 ? 4 : D <= 256 ? 3 : 2;
+  static constexpr int kGroups = tile_groups(D);
   static constexpr int kSharedBytes = Levels::kBytes + Rotation<D>::kBytes;
 };
 
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
   Rotation<D> rotation(shared_address(shared) + Levels::kBytes, task.prepared);
 
   // A block that streams the rotation stays together, and has a tile as long as its first warp has.
-  for (; (Shape<D>::kStreams ? tile - gridDim.x * group : tile) < rows.tiles();
+  for (; (Rotation<D>::kStreams ? tile - gridDim.x * group : tile) < rows.tiles();
        tile += gridDim.x * kGroups) {
     uint32_t a[rows.kSteps][4];
     rows.take(a, levels);
@@ -62,9 +61,7 @@ __global__ void __launch_bounds__(128 * Shape<D>::kGroups, 1)
       rotation.multiply_second(y, a, first);
       rows.template store<1>(y, first);
     };
-#pragma unroll 1
-    for (int first = 0; first + 64 <= D; first += 64) coordinates.template operator()<64>(first);
-    if constexpr (D % 64 != 0) coordinates.template operator()<D % 64>(D / 64 * 64);
+    by_coordinates<D>(coordinates);
   }
   rotation.end();
 }
