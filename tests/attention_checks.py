@@ -65,7 +65,8 @@ def compare(
     assert (out.cpu()[nothing] == 0).all()
     seen = ~nothing
     got_lse, want_lse = lse.cpu().double()[seen], want_lse[seen]
-    coarse = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 3 * 2.0**-8}[out.dtype]
+    # float16: rotated queries, keys, their norms and the rotation are rounded to it.
+    coarse = {torch.float32: 0.0, torch.float16: 4 / 2**11, torch.bfloat16: 3 / 2**8}[out.dtype]
     slack = 0.0 if backend.exact else coarse * max(1.0, spread)
     lse_bound = 2e-5 + 2e-6 * want_lse.abs() + 2 * slack
     assert not ((got_lse - want_lse).abs() > lse_bound).any()

@@ -137,6 +137,7 @@ bool is_empty(const AttentionProblem& p) { return p.B * p.Hq * p.Lq == 0; }
 
 int64_t attention_workspace(const AttentionProblem& p, int multiprocessors) {
   if (is_empty(p)) return 0;
+  if (is_prefill(p)) return prefill_workspace(p, multiprocessors);
   if (!is_decode(p)) return general_workspace(p, multiprocessors);
   DecodeTask task = make_task(p, multiprocessors);
   return lay_out(&task, nullptr);
@@ -145,6 +146,7 @@ int64_t attention_workspace(const AttentionProblem& p, int multiprocessors) {
 cudaError_t launch_attention(const AttentionProblem& p, void* workspace, int multiprocessors,
                              cudaStream_t stream) {
   if (is_empty(p)) return cudaSuccess;
+  if (is_prefill(p)) return launch_prefill(p, workspace, multiprocessors, stream);
   if (!is_decode(p)) return launch_general(p, workspace, multiprocessors, stream);
   DecodeTask task = make_task(p, multiprocessors);
   lay_out(&task, static_cast<char*>(workspace));

@@ -110,8 +110,9 @@ __device__ void finish(float (&y)[kY]) {
   for (int i = 0; i < kY; ++i) asm volatile("" : "+f"(y[i]));  // not read before
 }
 
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ inline void barrier_arrive(uint32_t barrier, uint32_t times = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
+               : "memory");
 }
 
 // Bytes of b to shared memory, counted on a barrier. All blocks read them, over and over: they

@@ -23,6 +23,12 @@ int64_t attention_workspace(const AttentionProblem& problem, int multiprocessors
 cudaError_t launch_attention(const AttentionProblem& problem, void* workspace, int multiprocessors,
                              cudaStream_t stream);
 
+// Attention of many query rows on Hopper (prefill.h); where it fits.
+bool is_prefill(const AttentionProblem& problem);
+int64_t prefill_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
+cudaError_t launch_prefill(const AttentionProblem& problem, void* workspace, int multiprocessors,
+                           cudaStream_t stream);
+
 // Clocks that a decode block waits for others before it does their work too. Tests change it.
 extern std::atomic<int64_t> decode_patience;
 

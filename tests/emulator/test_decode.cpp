@@ -21,6 +21,13 @@
 
 using namespace tq;
 
+// The prefill kernels are not emulated (Makefile).
+namespace tq::cuda {
+bool is_prefill(const AttentionProblem&) { return false; }
+int64_t prefill_workspace(const AttentionProblem&, int) { return 0; }
+cudaError_t launch_prefill(const AttentionProblem&, void*, int, cudaStream_t) { return cudaErrorInvalidValue; }
+}  // namespace tq::cuda
+
 // ------------------------------------------------------------------------------------ random
 struct Random {
   uint64_t s;

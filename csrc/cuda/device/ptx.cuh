@@ -110,6 +110,35 @@ __device__ inline uint32_t load_shared(uint32_t address) {
   return x;
 }
 
+__device__ inline float2 load_shared2(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+template <int kWords>
+__device__ inline void load_words(uint32_t (&x)[kWords], uint32_t address) {
+  static_assert(kWords == 2 || kWords == 4);
+  if constexpr (kWords == 4)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ inline void store_shared4(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // ----------------------------------------------------------------------------- asynchronous copies
 // Hopper and later: a copy engine that fills shared memory and counts the bytes on a barrier. Only
 // declared for older architectures, whose kernels do not use it.
@@ -157,6 +186,21 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
       "l"(from), "r"(bytes), "r"(barrier), "l"(0x12F0000000000000)
       : "memory");
 }
+
+// The other way, in groups that complete in order: `bulk_stores_wait` until no more than kPending
+// still read shared memory. fence_before_copies() and a barrier come before.
+__device__ inline void store_bulk(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ inline void bulk_stores_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ inline void bulk_stores_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 #else
 __device__ void barrier_init(uint32_t barrier, uint32_t arrivals);
 __device__ void barrier_init_fence();
@@ -172,6 +216,14 @@ __device__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_
 __device__ inline void copy16_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(min(max(bytes, 0), 16))
+               : "memory");
+}
+
+// The same for kBytes, 8 or 16: all or zeros.
+template <int kBytes>
+__device__ inline void copy_async(uint32_t to, const void* from, bool all) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+               "r"(all ? kBytes : 0)
                : "memory");
 }
 

@@ -1,0 +1,88 @@
+// Attention of many query rows on Hopper: what its kernels are told, and the memory they share.
+//
+// The tensor cores multiply tiles of fp16 keys and values, which lie in shared memory as "images"
+// (device/wgmma.cuh, swizzled). prefill_images.cuh makes them of compressed ones, prefill.cuh
+// multiplies. Two ways:
+//   fused     warps of the same block make the images: for few rows, each tile is used few times
+//   expanded  a kernel before (prefill_expand.cu) writes the images of as many KV heads as fit
+//             into the workspace, a round; how many that are is found on the device, from the
+//             lengths there
+// Where tiles of rows are too few for all multiprocessors, their keys are split: each block writes
+// its sums, and the last to come adds them up.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "codec.cuh"
+#include "decode.h"
+#include "kernels.h"
+
+namespace tq::cuda {
+
+// A tile of rows: query rows of a KV head, by tokens, then by heads of its group.
+constexpr int kPrefillRows = 128;
+// A tile of keys, and their values.
+TQ_HOST_DEVICE constexpr int prefill_keys(int D) { return D <= 128 ? 128 : 64; }
+constexpr int kLeastSplit = 8;  // tiles of keys that a block has, where several share a row tile
+
+// The image of a tile: slabs of 64 coordinates, each [keys][128 bytes], pieces of 16 bytes
+// interchanged.
+TQ_HOST_DEVICE constexpr int slabs_of(int D) { return (D + 63) / 64; }
+TQ_HOST_DEVICE constexpr int image_bytes_of(int D) { return slabs_of(D) * prefill_keys(D) * 128; }
+// Norms of a tile that are not in its images (prefill_images.cuh): four flags of the keys, four of
+// the values, three numbers for each key.
+TQ_HOST_DEVICE constexpr int norm_bytes_of(int D) { return 32 + 12 * prefill_keys(D); }
+// A tile in the workspace: the keys' image, the values', norms.
+TQ_HOST_DEVICE constexpr int tile_bytes_of(int D) {
+  return 2 * image_bytes_of(D) + norm_bytes_of(D);
+}
+// The rotation comes as images, too: its rows are keys for the query and values for the output.
+TQ_HOST_DEVICE constexpr int rotation_images(int D) {
+  return (D + prefill_keys(D) - 1) / prefill_keys(D);
+}
+
+struct PrefillTask {
+  AttentionProblem problem;
+  char* rotation;  // images
+  char* tiles;     // of a round: [KV head][tile], `capacity` in all; or null: fused
+  int keys, capacity;
+  int group;      // query heads to a KV head
+  int row_tiles;  // of a KV head
+  int splits;     // of a row tile's keys
+  int round;
+  // [KV head][row tile][warpgroup]: splits that are done. Zero at first.
+  int* done;
+  // [KV head][row tile][split][warpgroup]: sums as the threads hold them (prefill.cuh).
+  float4* partials;
+
+  TQ_HOST_DEVICE int heads() const { return static_cast<int>(problem.B * problem.Hkv); }
+
+  // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each.
+  struct Round {
+    int first, heads, tiles;
+  };
+  __device__ Round find_round() const {
+    if (!tiles) return {0, heads(), 0};
+    int64_t longest = 1;
+    const bool ragged = problem.kv_len.data && problem.kv_len.stride[0] != 0;
+    for (int b = 0; b < (ragged ? static_cast<int>(problem.B) : 1); ++b)
+      longest = max(longest, problem.length(b));
+    const int needed = static_cast<int>((longest + keys - 1) / keys);
+    const int each = max(capacity / needed, 1);
+    const int first = static_cast<int>(min(int64_t{round} * each, int64_t{heads()}));
+    return {first, min(each, heads() - first), needed};
+  }
+};
+
+// A warpgroup's sums: D/2 floats a thread, and the states of two rows.
+TQ_HOST_DEVICE constexpr int partial_words_of(int D) { return 128 * (D / 8 + 1); }
+
+// Makes the rotation's images, and zeroes `done`.
+cudaError_t launch_prepare_prefill(const PrefillTask&, cudaStream_t);
+cudaError_t launch_expand(const PrefillTask&, cudaStream_t);
+template <int D>
+cudaError_t launch_prefill_dim(const PrefillTask&, cudaStream_t);
+
+}  // namespace tq::cuda

@@ -1,0 +1,3 @@
+#include "prefill.cuh"
+
+template cudaError_t tq::cuda::launch_prefill_dim<64>(const PrefillTask&, cudaStream_t);

@@ -1,0 +1,95 @@
+// Compressed keys and values of a round to images in the workspace (prefill.h). A block has four
+// teams of four warps: two for keys, two for values. Each makes an image in shared memory and
+// copies it as it is.
+//
+// Cost: memory, 2.5 bytes a coordinate, most of them to the L2; and look-ups, 2K clocks for a tile
+// of 128 keys and values.
+#include "prefill_images.cuh"
+
+namespace tq::cuda {
+namespace {
+
+constexpr int kTeams = 4, kThreads = 128 * kTeams;
+
+template <int D>
+struct ExpandShape {
+  static constexpr int kImage = image_bytes_of(D), kStage = ImageMaker<D, false>::kStageBytes;
+  static constexpr int kTable = kTeams * kImage;
+  static constexpr int kStages = kTable + LevelTable::kBytes;
+  static constexpr int kNorms = kStages + kTeams * kStage;
+  static constexpr int kBytes = kNorms + kTeams / 2 * norm_bytes_of(D);
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <int D, bool kValues>
+__device__ void make_images(const PrefillTask& task, uint32_t shared) {
+  using S = ExpandShape<D>;
+  const AttentionProblem& p = task.problem;
+  const auto round = task.find_round();
+  const int team = threadIdx.x / 128, pair = team / 2;
+  const bool leads = threadIdx.x % 128 == 0;
+  const uint32_t image = shared + team * S::kImage;
+  const uint32_t norms = shared + S::kNorms + pair * norm_bytes_of(D);
+  ImageMaker<D, kValues> maker(p, shared + S::kTable, shared + S::kStages + team * S::kStage);
+
+  // Adjacent tiles, so that each can be fetched while the one before is made.
+  const int64_t total = static_cast<int64_t>(round.heads) * round.tiles;
+  const int pairs = kTeams / 2 * gridDim.x, mine = kTeams / 2 * blockIdx.x + pair;
+  const int end = static_cast<int>(total * (mine + 1) / pairs);
+  int fetched = -1;
+  for (int i = static_cast<int>(total * mine / pairs); i < end; ++i) {
+    const int item = round.first + i / round.tiles, j = i % round.tiles;
+    const KeyRange keys(p, item / static_cast<int>(p.Hkv), item % static_cast<int>(p.Hkv));
+    if (j * prefill_keys(D) >= keys.length || (j + 1) * prefill_keys(D) <= keys.start) continue;
+    if (i != fetched) {
+      copies_wait<0>();
+      maker.start(keys);
+      maker.fetch(j);
+    }
+    if (leads) bulk_stores_wait<0>();
+    meet(1 + team, 128);
+    maker.make(image, norms);
+    if (j + 1 < round.tiles) maker.fetch(j + 1);
+    fetched = j + 1 < round.tiles ? i + 1 : -1;
+    fence_before_copies();
+    meet(1 + team, 128);
+    if (leads) {
+      char* const tile = task.tiles + static_cast<int64_t>(i) * tile_bytes_of(D);
+      store_bulk(tile + (kValues ? S::kImage : 0), image, S::kImage);
+      if (!kValues) store_bulk(tile + 2 * S::kImage, norms, norm_bytes_of(D));
+      bulk_stores_commit();
+    }
+  }
+  copies_wait<0>();
+  if (leads) bulk_stores_wait<0>();
+}
+#endif
+
+template <int D>
+__global__ void __launch_bounds__(kThreads, 1) expand(const __grid_constant__ PrefillTask task) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) char memory[];
+  LevelTable::fill(memory + ExpandShape<D>::kTable, task.problem.centroids);
+  __syncthreads();
+  wait_for_previous_kernel();
+  if (threadIdx.x / 128 % 2 == 0)
+    make_images<D, false>(task, shared_address(memory));
+  else
+    make_images<D, true>(task, shared_address(memory));
+#endif
+}
+
+}  // namespace
+
+cudaError_t launch_expand(const PrefillTask& task, cudaStream_t stream) {
+  return for_tuned_dim(task.problem.D, [&](auto dim) {
+    constexpr int D = dim <= 256 ? dim : 256;  // others are refused
+    constexpr int kBytes = ExpandShape<D>::kBytes;
+    unsigned blocks = 0;
+    const cudaError_t error = prepare<expand<D>>(kBytes, &blocks);
+    if (error != cudaSuccess) return error;
+    return launch(expand<D>, blocks, kThreads, kBytes, stream, task, true);
+  });
+}
+
+}  // namespace tq::cuda
