@@ -6,9 +6,9 @@
 // bank, and multiplied by its row's norm; 8 coordinates are stored at a time, 8 rows to 8 different
 // banks.
 //
-// Cost of 1024 coordinates: 80 instructions of a warp, and 64 passes through shared memory to look
-// up, 64 to store. At D = 128 these are 2K clocks for a tile of keys and values, and while they
-// last, products with 128 rows read the same memory for 1.3K.
+// Cost of 1024 coordinates: 80 instructions of a warp, and 16 passes through shared memory to look
+// up, 16 to store. At D = 128 these are 1K clocks for a tile of keys and values, in which 1K warp
+// instructions go to each of four schedulers: they bind, for the products with 128 rows last 2K.
 //
 // Norms. What is stored is norm / unit · level, where the unit of a KV head's keys, and that of its
 // values, is the power of two of its last norm. fp16 holds this well as long as norms lie within a
@@ -39,15 +39,15 @@ struct LevelTable {
 
   // By all threads of a block. Returns unit().
   static __device__ float fill(char* table, const float* centroids) {
-    const float unit_ = unit(centroids);
-    const float level = unit_ > 0 ? __ldg(centroids + threadIdx.x % kLevels) / unit_ : 0;
+    const float scale = unit(centroids);
+    const float level = scale > 0 ? __ldg(centroids + threadIdx.x % kLevels) / scale : 0;
     for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {  // whole warps
       const float high = __shfl_sync(~0u, level, i / 128),
                   low = __shfl_sync(~0u, level, i / 8 % 16);
       const uint32_t pair = half_pair(high, low);
       reinterpret_cast<uint4*>(table)[i] = {pair, pair, pair, pair};
     }
-    return unit_;
+    return scale;
   }
 };
 

@@ -48,6 +48,21 @@ inline uint32_t shared_address(const void* p) { return emu::shared_offset(p); }
 inline uint32_t load_shared(uint32_t address) {
   return *reinterpret_cast<const uint32_t*>(emu::shared_pointer(address));
 }
+inline float2 load_shared2(uint32_t address) {
+  return *reinterpret_cast<const float2*>(emu::shared_pointer(address));
+}
+template <int kWords>
+void load_words(uint32_t (&x)[kWords], uint32_t address) {
+  if (address % sizeof x) emu::error("load_words: %#x is not aligned to %zu", address, sizeof x);
+  memcpy(x, emu::shared_pointer(address), sizeof x);
+}
+inline void store_shared(uint32_t address, uint32_t x) {
+  *reinterpret_cast<uint32_t*>(emu::shared_pointer(address)) = x;
+}
+inline void store_shared4(uint32_t address, const uint32_t (&x)[4]) {
+  if (address % sizeof x) emu::error("store_shared4: %#x is not aligned to 16", address);
+  memcpy(emu::shared_pointer(address), x, sizeof x);
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -69,8 +84,18 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 #endif
 
+// Only declared: the kernels that use them are not emulated.
+void store_bulk(void* to, uint32_t from, uint32_t bytes);
+void bulk_stores_commit();
+template <int kPending>
+void bulk_stores_wait();
+
 inline void copy16_async(uint32_t to, const void* from, int bytes) {
   emu::copy_async(to, from, 16, bytes < 0 ? 16 : bytes > 16 ? 0 : 16 - bytes);
+}
+template <int kBytes>
+void copy_async(uint32_t to, const void* from, bool all) {
+  emu::copy_async(to, from, kBytes, all ? 0 : kBytes);
 }
 inline void copies_commit() { emu::copies_commit(); }
 template <int kPending>
