@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from backends import CUDA, GPU
@@ -40,6 +41,31 @@ def gpu_cache(B: int, H: int, L: int, D: int, *, seed: int = 0) -> Cache:
 
     constants = tq.codebook(D)[0].to(GPU), tq.rotation(D).to(GPU)
     return Cache(packed(), norms(), packed(), norms(), *constants)
+
+
+def heavy_keys_with_small_values(
+    heads: int, group: int, Lq: int, dim: int, score: float, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Cache]:
+    """A query, and 1024 keys: values of 1e-6 that carry the weight, beside values of 1e4 that carry
+    next to none.
+
+    At a score of 23 both sides contribute alike, at 40 the large ones do not count.
+    """
+    L, cache = 1024, gpu_cache(1, heads, 1024, dim, seed=seed)
+    heavy = torch.arange(L, device=GPU) % 2 == 0
+    heavy[: L // 4] = False  # whole tiles of one kind too
+    heavy[-L // 4 :] = True
+    cache.k_packed[:, :, heavy] = cache.k_packed[0, 0, 0].clone()
+    cache.k_norms.fill_(1e-3)
+    cache.k_norms[:, :, heavy] = 1.0
+    cache.v_norms.fill_(1e4)
+    cache.v_norms[:, :, heavy] = 1e-6
+    key = ops.decompress(
+        cache.k_packed[0, 0, -1:], cache.k_norms[0, 0, -1:], cache.centroids, cache.rotation,
+        dtype=torch.float32,
+    )[0]  # fmt: skip
+    query = key / key.square().sum() * score * math.sqrt(dim)
+    return query.expand(1, heads * group, Lq, dim).to(dtype).contiguous(), cache
 
 
 def exact(
@@ -96,3 +122,23 @@ def identical(a: Tensor, b: Tensor) -> bool:
     """The same bits, compared on the GPU."""
     integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+
+
+def assert_a_graph_follows(query: Tensor, cache: Cache, lengths: Iterable[int]) -> None:
+    """One capture; at every length it gives the eager bits."""
+    length = ints(cache.k_packed.shape[2])
+
+    def run() -> tuple[Tensor, Tensor]:
+        return ops.tq4_attention(query, *cache.args, kv_len=length, mask_is_causal=True)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run()
+    for n in lengths:
+        length.fill_(n)
+        graph.replay()
+        want, want_lse = run()
+        assert identical(out, want), n
+        assert identical(lse, want_lse), n

@@ -19,11 +19,13 @@ from backends import CUDA, DIMS, GPU, ON_GPU
 from gpu_problems import (
     DTYPE_IDS,
     DTYPES,
+    assert_a_graph_follows,
     assert_rows,
     cosine,
     exact,
     gpu_cache,
     gpu_randn,
+    heavy_keys_with_small_values,
     identical,
     ints,
     ops,
@@ -279,25 +281,7 @@ def test_tokens_before_heads(dim: int) -> None:
 def test_the_heaviest_keys_have_the_smallest_values(
     dim: int, score: float, dtype: torch.dtype
 ) -> None:
-    """Values of 1e-6 that carry the weight, beside values of 1e4 that carry next to none.
-
-    At a score of 23 both sides contribute alike, at 40 the large ones do not count.
-    """
-    L, cache = 1024, gpu_cache(1, 1, 1024, dim, seed=33)
-    heavy = torch.arange(L, device=GPU) % 2 == 0
-    heavy[: L // 4] = False  # whole tiles of one kind too
-    heavy[-L // 4 :] = True
-    cache.k_packed[:, :, heavy] = cache.k_packed[0, 0, 0].clone()
-    cache.k_norms.fill_(1e-3)
-    cache.k_norms[:, :, heavy] = 1.0
-    cache.v_norms.fill_(1e4)
-    cache.v_norms[:, :, heavy] = 1e-6
-    key = ops.decompress(
-        cache.k_packed[0, 0, -1:], cache.k_norms[0, 0, -1:], cache.centroids, cache.rotation,
-        dtype=torch.float32,
-    )[0]  # fmt: skip
-    query = key / key.square().sum() * score * math.sqrt(dim)
-    query = query.expand(1, 4, 1, dim).to(dtype).contiguous()
+    query, cache = heavy_keys_with_small_values(1, 4, 1, dim, score, dtype, seed=33)
     want = exact(query, cache)
     assert 1e-10 < float(want.abs().max()) < 1e-4
     assert_rows(ops.tq4_sdpa(query, *cache.args), want, bound=0.02)
@@ -346,24 +330,9 @@ def test_scores_in_the_tens_of_thousands(dim: int) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("Lq", [1, 4])
 def test_a_graph_follows_the_growing_context(dim: int, Lq: int) -> None:
-    """One capture; every fill from 1 to the end of the buffer gives the eager bits."""
+    """At every fill from 1 to the end of the buffer."""
     cache, query = gpu_cache(2, 2, 601, dim, seed=39), gpu_randn(2, 8, Lq, dim, seed=40)
-    length = ints(601)
-
-    def run() -> tuple[Tensor, Tensor]:
-        return ops.tq4_attention(query, *cache.args, kv_len=length, mask_is_causal=True)
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = run()
-    for n in range(1, 602):
-        length.fill_(n)
-        graph.replay()
-        want, want_lse = run()
-        assert identical(out, want), n
-        assert identical(lse, want_lse), n
+    assert_a_graph_follows(query, cache, range(1, 602))
 
 
 @pytest.mark.parametrize(("Hq", "Hkv", "dim"), LONG)

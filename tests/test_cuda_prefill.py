@@ -16,11 +16,13 @@ from backends import CUDA, DIMS, GPU, ON_GPU
 from gpu_problems import (
     DTYPE_IDS,
     DTYPES,
+    assert_a_graph_follows,
     assert_rows,
     cosine,
     exact,
     gpu_cache,
     gpu_randn,
+    heavy_keys_with_small_values,
     identical,
     ints,
     ops,
@@ -249,22 +251,7 @@ def test_float32_norms_and_strides(dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("score", [23.0, 40.0])
 def test_the_heaviest_keys_have_the_smallest_values(dim: int, score: float) -> None:
-    """Values of 1e-6 that carry the weight, beside values of 1e4 that carry next to none."""
-    L, cache = 1024, gpu_cache(1, 16, 1024, dim, seed=23)
-    heavy = torch.arange(L, device=GPU) % 2 == 0
-    heavy[: L // 4] = False  # whole tiles of one kind too
-    heavy[-L // 4 :] = True
-    cache.k_packed[:, :, heavy] = cache.k_packed[0, 0, 0].clone()
-    cache.k_norms.fill_(1e-3)
-    cache.k_norms[:, :, heavy] = 1.0
-    cache.v_norms.fill_(1e4)
-    cache.v_norms[:, :, heavy] = 1e-6
-    key = ops.decompress(
-        cache.k_packed[0, 0, -1:], cache.k_norms[0, 0, -1:], cache.centroids, cache.rotation,
-        dtype=torch.float32,
-    )[0]  # fmt: skip
-    query = key / key.square().sum() * score * math.sqrt(dim)
-    query = query.expand(1, 16, 250, dim).bfloat16().contiguous()
+    query, cache = heavy_keys_with_small_values(16, 1, 250, dim, score, torch.bfloat16, seed=23)
     want = exact(query, cache)
     assert 1e-10 < float(want.abs().max()) < 1e-4
     assert_rows(ops.tq4_sdpa(query, *cache.args), want, bound=0.02)
@@ -282,22 +269,7 @@ def test_queries_of_all_sizes_side_by_side(dim: int) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_graph_follows_the_growing_context(dim: int) -> None:
     cache, query = gpu_cache(2, 4, 3001, dim, seed=26), gpu_randn(2, 16, 200, dim, seed=27)
-    length = ints(3001)
-
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.tq4_attention(query, *cache.args, kv_len=length, mask_is_causal=True)
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = run()
-    for n in (1, 199, 200, 201, 1000, 0, 3001, 77):
-        length.fill_(n)
-        graph.replay()
-        want, want_lse = run()
-        assert identical(out, want), n
-        assert identical(lse, want_lse), n
+    assert_a_graph_follows(query, cache, (1, 199, 200, 201, 1000, 0, 3001, 77))
 
 
 @pytest.mark.parametrize(("Hq", "Hkv", "dim"), [(16, 2, 256), (32, 4, 512), (32, 8, 128)])
