@@ -55,8 +55,10 @@ def compare(
     want_lse: Tensor,
     size: float,
     spread: float = 1.0,
+    many_rows: bool = False,
 ) -> None:
     """`size`: of the largest value. `spread`: of the scores, whose errors in bf16 grow with it.
+    `many_rows`: so many for a KV head that prefill kernels may have taken them.
 
     Rows that see nothing must be exactly zero.
     """
@@ -65,9 +67,10 @@ def compare(
     assert (out.cpu()[nothing] == 0).all()
     seen = ~nothing
     got_lse, want_lse = lse.cpu().double()[seen], want_lse[seen]
-    # float16: rotated queries, keys, their norms and the rotation are rounded to it.
-    coarse = {torch.float32: 0.0, torch.float16: 4 / 2**11, torch.bfloat16: 3 / 2**8}[out.dtype]
-    slack = 0.0 if backend.exact else coarse * max(1.0, spread)
+    # Prefill kernels round rotated queries, keys, their norms and the rotation to float16.
+    halves = 4 if many_rows else 1
+    coarse = {torch.float32: 0.0, torch.float16: halves / 2**11, torch.bfloat16: 3 / 2**8}
+    slack = 0.0 if backend.exact else coarse[out.dtype] * max(1.0, spread)
     lse_bound = 2e-5 + 2e-6 * want_lse.abs() + 2 * slack
     assert not ((got_lse - want_lse).abs() > lse_bound).any()
     assert not got_lse.isnan().any()
@@ -100,5 +103,6 @@ def check(
     dim = query.shape[-1]
     scale = options.get("scale") or dim**-0.5
     spread = abs(scale) * dim**0.5 * rms(query) * rms(k[used]) if used.any() else 0.0
-    compare(backend, out, lse, want, want_lse, size, spread)
+    rows = query.shape[1] // max(k.shape[1], 1) * query.shape[2]
+    compare(backend, out, lse, want, want_lse, size, spread, many_rows=rows >= 48)
     return out, lse
