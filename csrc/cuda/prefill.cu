@@ -18,7 +18,8 @@ int64_t tiles_of(const AttentionProblem& p) {
   return std::max<int64_t>((p.Lkv + keys - 1) / keys, 1);
 }
 int64_t row_tiles_of(const AttentionProblem& p) {
-  return (p.Hq / p.Hkv * p.Lq + kPrefillRows - 1) / kPrefillRows;
+  const int rows = prefill_rows(static_cast<int>(p.D));
+  return (p.Hq / p.Hkv * p.Lq + rows - 1) / rows;
 }
 
 // Tiles that the workspace has room for; 0: fused.
@@ -69,11 +70,11 @@ int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
 bool is_prefill(const AttentionProblem& p) {
   const int architecture = compiled_for();
   const int64_t rows = p.Hq / p.Hkv * p.Lq, load = p.D % 32 == 0 ? 16 : 8;
-  return architecture >= 90 && architecture < 100 && tuned_dim(p.D) && p.D <= 256 &&
-         rows >= kLeastRows && rows * p.B * p.Hkv < 1 << 30 && p.Lkv < int64_t{1} << 30 &&
-         p.query.dtype != Dtype::f32 && aligned_rows(p.query, 2, 4) && aligned_rows(p.out, 2, 4) &&
-         aligned_rows(p.k_packed, 1, load) && aligned_rows(p.v_packed, 1, load) &&
-         reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0;
+  return architecture >= 90 && architecture < 100 && tuned_dim(p.D) &&
+         (p.D <= 256 || capacity_of(p) > 0) && rows >= kLeastRows && rows * p.B * p.Hkv < 1 << 30 &&
+         p.Lkv < int64_t{1} << 30 && p.query.dtype != Dtype::f32 && aligned_rows(p.query, 2, 4) &&
+         aligned_rows(p.out, 2, 4) && aligned_rows(p.k_packed, 1, load) &&
+         aligned_rows(p.v_packed, 1, load) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0;
 }
 
 int64_t prefill_workspace(const AttentionProblem& p, int multiprocessors) {
@@ -93,10 +94,7 @@ cudaError_t launch_prefill(const AttentionProblem& p, void* workspace, int multi
   for (; task.round * each < heads && error == cudaSuccess; ++task.round) {
     if (task.capacity) error = launch_expand(task, stream);
     if (error != cudaSuccess) break;
-    error = for_tuned_dim(p.D, [&](auto dim) {
-      constexpr int D = dim <= 256 ? dim : 256;  // others are refused
-      return launch_prefill_dim<D>(task, stream);
-    });
+    error = for_tuned_dim(p.D, [&](auto dim) { return launch_prefill_dim<dim>(task, stream); });
   }
   return error;
 }

@@ -22,7 +22,7 @@
 namespace tq::cuda {
 
 // A tile of rows: query rows of a KV head, by tokens, then by heads of its group.
-constexpr int kPrefillRows = 128;
+TQ_HOST_DEVICE constexpr int prefill_rows(int D) { return D <= 256 ? 128 : 64; }
 // A tile of keys, and their values.
 TQ_HOST_DEVICE constexpr int prefill_keys(int D) { return D <= 128 ? 128 : 64; }
 constexpr int kLeastSplit = 8;  // tiles of keys that a block has, where several share a row tile
@@ -76,8 +76,8 @@ struct PrefillTask {
   }
 };
 
-// A warpgroup's sums: D/2 floats a thread, and the states of two rows.
-TQ_HOST_DEVICE constexpr int partial_words_of(int D) { return 128 * (D / 8 + 1); }
+// A warpgroup's sums: of 64 rows and at most 256 columns, and the states of two rows of a thread.
+TQ_HOST_DEVICE constexpr int partial_words_of(int D) { return 128 * ((D < 256 ? D : 256) / 8 + 1); }
 
 // Makes the rotation's images, and zeroes `done`.
 cudaError_t launch_prepare_prefill(const PrefillTask&, cudaStream_t);

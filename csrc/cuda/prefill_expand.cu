@@ -1,6 +1,6 @@
 // Compressed keys and values of a round to images in the workspace (prefill.h). A block has four
-// teams of four warps: two for keys, two for values. Each makes an image in shared memory and
-// copies it as it is.
+// teams of four warps (two at D = 512), half of them for keys, half for values. Each makes an image
+// in shared memory and copies it as it is.
 //
 // Cost: memory, 2.5 bytes a coordinate, most of them to the L2; and look-ups, 2K clocks for a tile
 // of 128 keys and values.
@@ -9,10 +9,9 @@
 namespace tq::cuda {
 namespace {
 
-constexpr int kTeams = 4, kThreads = 128 * kTeams;
-
 template <int D>
 struct ExpandShape {
+  static constexpr int kTeams = D <= 256 ? 4 : 2, kThreads = 128 * kTeams;
   static constexpr int kImage = image_bytes_of(D), kStage = ImageMaker<D, false>::kStageBytes;
   static constexpr int kTable = kTeams * kImage;
   static constexpr int kStages = kTable + LevelTable::kBytes;
@@ -34,7 +33,7 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared) {
 
   // Adjacent tiles, so that each can be fetched while the one before is made.
   const int64_t total = static_cast<int64_t>(round.heads) * round.tiles;
-  const int pairs = kTeams / 2 * gridDim.x, mine = kTeams / 2 * blockIdx.x + pair;
+  const int pairs = S::kTeams / 2 * gridDim.x, mine = S::kTeams / 2 * blockIdx.x + pair;
   const int end = static_cast<int>(total * (mine + 1) / pairs);
   int fetched = -1;
   for (int i = static_cast<int>(total * mine / pairs); i < end; ++i) {
@@ -66,7 +65,8 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared) {
 #endif
 
 template <int D>
-__global__ void __launch_bounds__(kThreads, 1) expand(const __grid_constant__ PrefillTask task) {
+__global__ void __launch_bounds__(ExpandShape<D>::kThreads, 1)
+    expand(const __grid_constant__ PrefillTask task) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char memory[];
   LevelTable::fill(memory + ExpandShape<D>::kTable, task.problem.centroids);
@@ -83,12 +83,11 @@ __global__ void __launch_bounds__(kThreads, 1) expand(const __grid_constant__ Pr
 
 cudaError_t launch_expand(const PrefillTask& task, cudaStream_t stream) {
   return for_tuned_dim(task.problem.D, [&](auto dim) {
-    constexpr int D = dim <= 256 ? dim : 256;  // others are refused
-    constexpr int kBytes = ExpandShape<D>::kBytes;
+    using S = ExpandShape<dim>;
     unsigned blocks = 0;
-    const cudaError_t error = prepare<expand<D>>(kBytes, &blocks);
+    const cudaError_t error = prepare<expand<dim>>(S::kBytes, &blocks);
     if (error != cudaSuccess) return error;
-    return launch(expand<D>, blocks, kThreads, kBytes, stream, task, true);
+    return launch(expand<dim>, blocks, S::kThreads, S::kBytes, stream, task, true);
   });
 }
 

@@ -1,0 +1,322 @@
+// What the prefill kernels on Hopper share: which rows a block takes and which keys they see, and
+// the softmax of a warpgroup's 64 rows and a tile of keys.
+#pragma once
+
+#include "prefill_images.cuh"
+
+namespace tq::cuda {
+
+// One tile of rows, and the tiles of keys that it sees, as all warps of a block find it.
+struct RowTile : KeyRange {
+  int slot, item, split;      // of the round's KV heads; of all row tiles; of the tile's keys
+  int first_row, begin, end;  // of the KV head's; tiles of keys
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+template <int D>
+class PrefillRows {
+ protected:
+  static constexpr int kKeys = prefill_keys(D);
+
+  __device__ PrefillRows(const PrefillTask& task, char* memory)
+      : task_(task), shared_(shared_address(memory)) {}
+
+  // The n-th tile of rows of this block; false: there is none.
+  __device__ bool find_rows(int n, RowTile* at) const {
+    const AttentionProblem& p = task_.problem;
+    // Back and forth, for each tile has fewer keys than the one before.
+    int i = n * gridDim.x + (n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    if (i >= round_.heads * task_.row_tiles * task_.splits) return false;
+    at->split = i % task_.splits, i /= task_.splits;
+    at->slot = i % round_.heads;
+    const int head = round_.first + at->slot, heads = static_cast<int>(p.Hkv);
+    static_cast<KeyRange&>(*at) = KeyRange(p, head / heads, head % heads);
+    const int row_tile = task_.row_tiles - 1 - i / round_.heads;
+    at->item = head * task_.row_tiles + row_tile;
+    at->first_row = row_tile * prefill_rows(D);
+    const int end = end_of(*at, min(at->first_row + prefill_rows(D), rows()) - 1);
+    at->begin = at->start / kKeys;
+    at->end = at->start < end ? (end + kKeys - 1) / kKeys : at->begin;
+    if (task_.splits > 1) {
+      const int each = max((at->end - at->begin + task_.splits - 1) / task_.splits, kLeastSplit);
+      at->begin = min(at->begin + at->split * each, at->end);
+      at->end = min(at->begin + each, at->end);
+    }
+    return true;
+  }
+  // Of a KV head.
+  __device__ int rows() const { return task_.group * static_cast<int>(task_.problem.Lq); }
+  // A row sees keys below this one.
+  __device__ int end_of(const RowTile& at, int row) const {
+    const AttentionProblem& p = task_.problem;
+    if (!p.causal) return at.length;
+    return max(at.length - static_cast<int>(p.Lq) + row / task_.group + 1, 0);
+  }
+
+  __device__ const uint16_t* row_of(const View& v, const RowTile& at, int row) const {
+    const int token = row / task_.group, head = at.h * task_.group + row - token * task_.group;
+    return static_cast<const uint16_t*>(v.data) + offset_of(v, at.b, head, token);
+  }
+
+  // What makes products with q̂ scores, and what makes products with the rotation q̂: of length 2^8,
+  // with the sign of a negative scale, so that larger scores are larger products.
+  __device__ void find_factors(const RowTile& at, const Lengths& lengths, float (&scale)[2]) {
+    const AttentionProblem& p = task_.problem;
+    const float unit = p.scale < 0 ? -0x1p8f : 0x1p8f;
+    const float of_keys = __uint_as_float(norm_exponent(p.k_norms, at) << 23) * level_;
+    for (int r = 0; r < 2; ++r) {
+      const float factor = lengths.norm[r] * (p.scale * kLog2e / unit) * of_keys;
+      // Positive, so that scores keep their order. A query with NaN has it in q̂, not here, where it
+      // would reach hidden keys.
+      const bool finite = fabsf(factor) < INFINITY;
+      factor_[r] = finite ? fmaxf(factor, 1e-37f) : 1;
+      scale[r] = finite ? lengths.inverse[r] * unit : NAN;
+    }
+  }
+
+  // What the sums so far are to be multiplied by.
+  struct Growth {
+    float of[2];
+  };
+
+  // Of the quarters of a tile: whether norms come beside.
+  struct Flags {
+    uint32_t keys[4], values[4];
+  };
+  static __device__ Flags load_flags(uint32_t norms) {
+    Flags far;
+    load_words(far.keys, norms);
+    load_words(far.values, norms + 16);
+    return far;
+  }
+
+  // Scores of tile j to weights (times values' norms, where they come beside), relative to the
+  // maximum. `agree` may raise the tile's own maxima of both rows, known to all lanes.
+  template <class Agree>
+  __device__ Growth soften(const RowTile& at, int j, const Flags& far, uint32_t norms,
+                           float (&s)[kKeys / 2], Agree agree) {
+    const AttentionProblem& p = task_.problem;
+    const uint32_t each = norms + 32;
+    const bool far_any = far.values[0] | far.values[1] | far.values[2] | far.values[3];
+    float factor[2] = {factor_[0], factor_[1]};
+    if (far.keys[0] | far.keys[1] | far.keys[2] | far.keys[3]) [[unlikely]]
+      for_far(far.keys, each, [&](int i, float norm) { s[i] *= norm; });
+    if (p.softcap != 0) [[unlikely]]
+      cap(s, factor);
+    if (far_any) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) s[i] *= factor[i / 2 % 2];
+      factor[0] = factor[1] = 1;
+      for_far(far.values, each + 4 * kKeys, [&](int i, float log) { s[i] += log; });
+    }
+    const int first = j * kKeys;
+    const bool plain = !p.mask && first >= at.start && first + kKeys <= min(end_[0], end_[1]);
+    if (!__all_sync(~0u, plain)) [[unlikely]]
+      hide(at, first, s);
+
+    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
+    for (int r = 0; r < 2; ++r) most[r] = quad_max(most[r]) * factor[r];
+    agree(most);
+    Growth grow;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float top = fmaxf(max_[r], most[r]);
+      grow.of[r] = exp2_fast(max_[r] - top);
+      max_[r] = top;
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i)
+      s[i] = exp2_fast(fmaf(s[i], factor[i / 2 % 2], -max_[i / 2 % 2]));
+    if (!far_any) [[likely]] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) sum[i / 2 % 2] += s[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) sum[i / 2 % 2] += far.values[i / (kKeys / 8)] ? 0 : s[i];
+      for_far(far.values, each + 8 * kKeys,
+              [&](int i, float inverse) { sum[i / 2 % 2] = fmaf(s[i], inverse, sum[i / 2 % 2]); });
+    }
+    for (int r = 0; r < 2; ++r) sum_[r] = fmaf(sum_[r], grow.of[r], sum[r]);
+    return grow;
+  }
+
+  // f(i, number) for each of the thread's scores whose key has a number beside the image.
+  template <class F>
+  __device__ void for_far(const uint32_t (&far)[4], uint32_t each, F f) const {
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      if (!far[quarter]) continue;
+#pragma unroll
+      for (int i = quarter * (kKeys / 32); i < (quarter + 1) * (kKeys / 32); ++i) {
+        const float2 x = load_shared2(each + 8 * t_ + 32 * i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) f(4 * i + k, k % 2 ? x.y : x.x);
+      }
+    }
+  }
+
+  // softcap · tanh(score / softcap), in log2 units: tanh z = 1 - 2 / (1 + exp 2z). The factors are
+  // used up.
+  __device__ void cap(float (&s)[kKeys / 2], float (&factor)[2]) const {
+    const float softcap = task_.problem.softcap, inverse = 2 / softcap;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i)
+      s[i] = softcap * kLog2e *
+             (1 - __fdividef(2, 1 + exp2_fast(s[i] * (factor[i / 2 % 2] * inverse))));
+    factor[0] = factor[1] = 1;
+  }
+
+  // -inf for keys that a row does not see, whatever they are.
+  __device__ void hide(const RowTile& at, int first, float (&s)[kKeys / 2]) const {
+    uint32_t seen[2];  // bit 2 i + k: key 8 i + 2 t + k of the tile
+    for (int r = 0; r < 2; ++r) {
+      seen[r] = keys_below(end_[r] - first) & ~keys_below(at.start - first);
+      if (task_.problem.mask) seen[r] &= mask_bits(at, row_in_tile_ + 8 * r, first);
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i)
+      if (!(seen[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
+  }
+  // Those of the thread's keys that are among the first n of a tile.
+  __device__ uint32_t keys_below(int n) const {
+    const auto first = [](int bits) { return bits <= 0 ? 0 : bits >= 32 ? ~0u : (1u << bits) - 1; };
+    const int mine = n - 2 * t_;
+    return (first((mine + 7) / 8 * 2) & 0x55555555) | (first((mine + 6) / 8 * 2) & 0xaaaaaaaa);
+  }
+  __device__ uint32_t mask_bits(const RowTile& at, int row, int first) const {
+    const View& mask = task_.problem.mask;
+    const int token = min(at.first_row + row, rows() - 1) / task_.group;
+    const bool* const from = static_cast<const bool*>(mask.data) + offset_of(mask, at.b, 0, token);
+    uint32_t bits = 0;
+#pragma unroll 4
+    for (int i = 0; i < kKeys / 4; ++i) {
+      const int key = first + i / 2 * 8 + 2 * t_ + i % 2;
+      if (key >= at.start && key < at.length && from[key * mask.stride[3]]) bits |= 1u << i;
+    }
+    return bits;
+  }
+
+  static __device__ void make_weights(const float (&s)[kKeys / 2],
+                                      uint32_t (&weights)[kKeys / 16][4]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) weights[i][k] = half_pair(s[8 * i + 2 * k], s[8 * i + 2 * k + 1]);
+  }
+
+  // Writes this split's sums; true: the others' had been there, and now they are added. `together`:
+  // for both warpgroups at once. `scratch`: shared memory for a word.
+  template <int kSums>
+  __device__ bool add_splits(const RowTile& at, float (&o)[kSums], uint32_t scratch,
+                             bool together) {
+    constexpr int kWords = partial_words_of(D), kQuarter = kSums / 4;
+    const int thread = threadIdx.x % 128;
+    const auto meet_all = [&] { together ? meet(3, 256) : meet(1 + group_, 128); };
+    float4* const all =
+        task_.partials + (static_cast<int64_t>(at.item) * task_.splits * 2 + group_) * kWords;
+    const auto place_of = [&](int split) { return all + split * 2 * kWords + thread; };
+    float4* const mine = place_of(at.split);
+#pragma unroll
+    for (int i = 0; i < kQuarter; ++i)
+      mine[128 * i] = {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
+    mine[128 * (kQuarter)] = {max_[0], max_[1], sum_[0], sum_[1]};
+    __threadfence();
+    meet_all();
+    // How many were there, from one thread to all, in shared memory.
+    if (thread == 0 && (group_ == 0 || !together))
+      store_shared(scratch, atomicAdd(task_.done + 2 * at.item + group_, 1));
+    meet_all();
+    const auto others_done = __float_as_int(load_shared2(scratch).x);
+    meet_all();
+    if (others_done < task_.splits - 1) return false;
+    __threadfence();
+    // All in their order, so that the result does not depend on who came last.
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) o[i] = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) max_[r] = -1e30f, sum_[r] = 0;
+#pragma unroll 1
+    for (int split = 0; split < task_.splits; ++split) {
+      const float4* const from = place_of(split);
+      const float4 state = __ldcg(from + 128 * (kQuarter));
+      const float others[2] = {state.x, state.y}, sums[2] = {state.z, state.w};
+      float ours[2], theirs[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float most = fmaxf(max_[r], others[r]);
+        ours[r] = exp2_fast(max_[r] - most), theirs[r] = exp2_fast(others[r] - most);
+        max_[r] = most;
+        sum_[r] = sum_[r] * ours[r] + sums[r] * theirs[r];
+      }
+#pragma unroll
+      for (int i = 0; i < kQuarter; ++i) {
+        const float4 x = __ldcg(from + 128 * i);
+        o[4 * i] = o[4 * i] * ours[0] + x.x * theirs[0];
+        o[4 * i + 1] = o[4 * i + 1] * ours[0] + x.y * theirs[0];
+        o[4 * i + 2] = o[4 * i + 2] * ours[1] + x.z * theirs[1];
+        o[4 * i + 3] = o[4 * i + 3] * ours[1] + x.w * theirs[1];
+      }
+    }
+    return true;
+  }
+
+  // Where the thread's two rows go (null: nowhere), what brings sums to fp16, and the product of
+  // these with the rotation to the result. Writes lse. `most`: the largest sum of a row; `sum`: its
+  // weights'.
+  struct Result {
+    uint16_t* out[2];
+    float down[2], scale[2];
+  };
+  __device__ Result finish(const RowTile& at, const float (&most)[2],
+                           const float (&sums)[2]) const {
+    const AttentionProblem& p = task_.problem;
+    const float of_values = __uint_as_float(norm_exponent(p.v_norms, at) << 23) * level_;
+    Result result = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // fp16 operands: a power of two brings the largest of a row to 2^8.
+      const uint32_t exponent = min(max(__float_as_uint(most[r]) >> 23, 20u), 240u);
+      result.down[r] = __uint_as_float((254 + 8 - exponent) << 23);
+      const int row = at.first_row + row_in_tile_ + 8 * r;
+      if (row >= rows()) continue;
+      const int token = row / task_.group, head = at.h * task_.group + row - token * task_.group;
+      result.out[r] = const_cast<uint16_t*>(row_of(p.out, at, row));
+      float own = 1, sum = sums[r], top = max_[r];
+      if (p.sinks) {
+        const float sink = load_element(p.sinks, head * p.sinks.stride[1]) * kLog2e;
+        if (sink > -1e30f) {
+          const float raised = fmaxf(top, sink);
+          own = exp2_fast(top - raised);
+          sum = sum * own + exp2_fast(sink - raised);
+          top = raised;
+        }
+      }
+      if (p.lse && t_ == 0)
+        p.lse[(static_cast<int64_t>(at.b) * p.Hq + head) * p.Lq + token] =
+            sum == 0 ? -INFINITY : (top + __log2f(sum)) * (1 / kLog2e);
+      result.scale[r] =
+          sum == 0 ? 0 : own / sum * of_values * __uint_as_float((exponent - 8) << 23);
+    }
+    return result;
+  }
+
+  const PrefillTask& task_;
+  uint32_t shared_;
+  PrefillTask::Round round_;
+  float level_;                      // what 1 in an image stands for, but for its unit
+  int group_, g_, t_, row_in_tile_;  // warpgroup; lane / 4, % 4
+  int end_[2];
+  float factor_[2], max_[2], sum_[2];  // sum_: of the thread's own keys
+};
+
+#endif
+
+}  // namespace tq::cuda
