@@ -151,7 +151,10 @@ def test_masks(dim: int) -> None:
     padded = torch.arange(L).expand(2, 1, Lq, L) >= torch.tensor([0, 333]).view(2, 1, 1, 1)
     one = torch.zeros_like(some)
     one[..., L // 3] = True
-    for mask in (some, padded, one, torch.zeros_like(some), some[:1]):
+    document = torch.arange(L) // 150  # packed one after the other
+    packed = document == document[-Lq:].unsqueeze(-1)
+    packed = packed.expand(1, 1, Lq, L)
+    for mask in (some, padded, one, torch.zeros_like(some), some[:1], packed):
         check(CUDA, query, cache, dense=dense, attn_mask=mask)
         check(CUDA, query, cache, dense=dense, attn_mask=mask, kv_len=torch.tensor([650, 2]),
               mask_is_causal=True)  # fmt: skip

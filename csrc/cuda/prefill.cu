@@ -55,6 +55,10 @@ int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
   task->keys = prefill_keys(D);
   task->capacity = static_cast<int>(capacity_of(p));
   if (task->capacity) task->tiles = take(int64_t{task->capacity} * tile_bytes_of(D));
+  task->key_tiles = static_cast<int>(tiles_of(p));
+  if (p.mask)
+    task->sights = reinterpret_cast<Sight*>(
+        take((p.mask.stride[0] ? p.B : 1) * row_tiles_of(p) * tiles_of(p)));
   task->splits = splits_of(p, task->row_tiles, multiprocessors);
   if (task->splits > 1) {
     const int64_t parts = 2 * int64_t{task->row_tiles} * task->heads();

@@ -124,16 +124,17 @@ class Prefill : PrefillRows<D> {
     uint32_t n = 0, m = 0;
     RowTile at;
     for (int i = 0; find_rows(i, &at); ++i) {
-      if (at.begin < at.end) {
-        if (kOfKeys) keys.start(at), keys.fetch(at.end - 1);
-        if (kOfValues) values.start(at), values.fetch(at.end - 1);
+      int j = at.last_seen(at.end - 1);
+      if (j >= at.begin) {
+        if (kOfKeys) keys.start(at), keys.fetch(j);
+        if (kOfValues) values.start(at), values.fetch(j);
       }
       copy_rotation(n);
       n += rotation_images(D);
-      for (int j = at.end - 1; j >= at.begin; --j, ++m, n += 2) {
-        const int next = max(j - 1, at.begin);
-        if (kOfKeys) make_image(keys, n, m, next);
-        if (kOfValues) make_image(values, n + 1, m, next);
+      for (; j >= at.begin; ++m, n += 2) {
+        j = at.last_seen(j - 1);
+        if (kOfKeys) make_image(keys, n, m, max(j, at.begin));
+        if (kOfValues) make_image(values, n + 1, m, max(j, at.begin));
       }
       copies_wait<0>();
       copy_rotation(n);
@@ -156,7 +157,7 @@ class Prefill : PrefillRows<D> {
     for (int i = 0; find_rows(i, &at); ++i) {
       copy_rotation(n);
       n += rotation_images(D);
-      for (int j = at.end - 1; j >= at.begin; --j, ++m, n += 2) {
+      for (int j = at.last_seen(at.end - 1); j >= at.begin; j = at.last_seen(j - 1), ++m, n += 2) {
         const char* const tile =
             task_.tiles + (static_cast<int64_t>(at.slot) * round_.tiles + j) * tile_bytes_of(D);
         wait_free(n);
@@ -197,8 +198,10 @@ class Prefill : PrefillRows<D> {
     RowTile at;
     for (int i = 0; find_rows(i, &at); ++i) {
       if (at.first_row + 64 * group_ >= rows()) {
-        pass(2 * (rotation_images(D) + at.end - at.begin));
-        tile_ += at.end - at.begin;
+        pass(rotation_images(D));
+        for (int j = at.last_seen(at.end - 1); j >= at.begin; j = at.last_seen(j - 1), ++tile_)
+          pass(2);
+        pass(rotation_images(D));
         continue;
       }
       rotate_query(at);
@@ -273,7 +276,8 @@ class Prefill : PrefillRows<D> {
     for (int i = 0; i < D / 2; ++i) o_[i] = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) max_[r] = -1e30f, sum_[r] = 0;
-    if (at.begin == at.end) return;
+    int j = at.last_seen(at.end - 1);
+    if (j < at.begin) return;
 
     // Images: keys of a tile, its values, keys of the next, ...
     float s[kKeys / 2];
@@ -282,10 +286,10 @@ class Prefill : PrefillRows<D> {
     Flags far = load_flags(norms(tile_));
     wgmma_wait<0>(s);
     release(image_);
-    soften(at, at.end - 1, far, s);
+    soften(at, j, far, s);
     make_weights(s, weights);
 #pragma unroll 1
-    for (int j = at.end - 2; j >= at.begin; --j) {
+    while ((j = at.last_seen(j - 1)) >= at.begin) {
       multiply_keys(s, image_ + 2);
       multiply_values(weights, image_ + 1);
       far = load_flags(norms(tile_));

@@ -43,11 +43,16 @@ TQ_HOST_DEVICE constexpr int rotation_images(int D) {
   return (D + prefill_keys(D) - 1) / prefill_keys(D);
 }
 
+// What a mask shows a tile of rows of a tile of keys.
+enum Sight : uint8_t { kSome, kNone, kAll };
+
 struct PrefillTask {
   AttentionProblem problem;
   char* rotation;  // images
   char* tiles;     // of a round: [KV head][tile], `capacity` in all; or null: fused
   int keys, capacity;
+  Sight* sights;  // [batch row of the mask][row tile][tile of `key_tiles`], or null: no mask
+  int key_tiles;  // of the buffer
   int group;      // query heads to a KV head
   int row_tiles;  // of a KV head
   int splits;     // of a row tile's keys

@@ -1,5 +1,6 @@
 // What the prefill kernels need once a call: the rotation in fp16 as images of shared memory
-// (prefill.h), and their counters at zero. A thread makes 16 bytes.
+// (prefill.h), 16 bytes a thread; their counters at zero; and what a mask shows, tile by tile, so
+// that most tiles need not look at it, and those that nobody sees are left out.
 #include "prefill.h"
 
 namespace tq::cuda {
@@ -29,13 +30,44 @@ __global__ void __launch_bounds__(kThreads)
   reinterpret_cast<uint4*>(task.rotation)[thread] = piece;
 }
 
+// A warp looks at the mask of a tile of rows and a tile of keys.
+__global__ void __launch_bounds__(kThreads) look_at_mask(const __grid_constant__ PrefillTask task) {
+  wait_for_previous_kernel();
+  const AttentionProblem& p = task.problem;
+  const int tile = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, row_tile = blockIdx.y;
+  if (tile >= task.key_tiles) return;
+  const int rows = prefill_rows(static_cast<int>(p.D)), all = task.group * static_cast<int>(p.Lq);
+  const int last = (min((row_tile + 1) * rows, all) - 1) / task.group;
+  bool any = false, every = true;
+  for (int k = threadIdx.x % 32; k < task.keys && tile * task.keys + k < p.Lkv; k += 32) {
+    const bool* const column = static_cast<const bool*>(p.mask.data) +
+                               offset_of(p.mask, blockIdx.z, 0, 0) +
+                               (static_cast<int64_t>(tile) * task.keys + k) * p.mask.stride[3];
+#pragma unroll 8
+    for (int token = row_tile * rows / task.group; token <= last; ++token) {
+      const bool seen = column[token * p.mask.stride[2]];
+      any |= seen, every &= seen;
+    }
+  }
+  any = __any_sync(~0u, any), every = __all_sync(~0u, every);
+  if (threadIdx.x % 32 == 0)
+    task.sights[(static_cast<int64_t>(blockIdx.z) * task.row_tiles + row_tile) * task.key_tiles +
+                tile] = every ? kAll
+                        : any ? kSome
+                              : kNone;
+}
+
 }  // namespace
 
 cudaError_t launch_prepare_prefill(const PrefillTask& task, cudaStream_t stream) {
-  return for_tuned_dim(task.problem.D, [&](auto dim) {
+  const cudaError_t error = for_tuned_dim(task.problem.D, [&](auto dim) {
     constexpr int kBlocks = rotation_images(dim) * image_bytes_of(dim) / 16 / kThreads;
     return launch(prepare_prefill<dim>, kBlocks, kThreads, 0, stream, task, true);
   });
+  if (error != cudaSuccess || !task.sights) return error;
+  const dim3 tiles((task.key_tiles + kThreads / 32 - 1) / (kThreads / 32), task.row_tiles,
+                   task.problem.mask.stride[0] ? static_cast<unsigned>(task.problem.B) : 1);
+  return launch(look_at_mask, tiles, kThreads, 0, stream, task, true);
 }
 
 }  // namespace tq::cuda

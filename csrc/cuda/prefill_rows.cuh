@@ -10,6 +10,14 @@ namespace tq::cuda {
 struct RowTile : KeyRange {
   int slot, item, split;      // of the round's KV heads; of all row tiles; of the tile's keys
   int first_row, begin, end;  // of the KV head's; tiles of keys
+  const Sight* sights;        // of each tile, or null
+
+  // The last tile up to j that some row may see; or the one before `begin`.
+  __device__ int last_seen(int j) const {
+    if (sights)
+      while (j >= begin && sights[j] == kNone) --j;
+    return j;
+  }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -40,6 +48,12 @@ class PrefillRows {
     const int row_tile = task_.row_tiles - 1 - i / round_.heads;
     at->item = head * task_.row_tiles + row_tile;
     at->first_row = row_tile * prefill_rows(D);
+    at->sights = nullptr;
+    if (task_.sights)
+      at->sights =
+          task_.sights +
+          (static_cast<int64_t>(p.mask.stride[0] ? at->b : 0) * task_.row_tiles + row_tile) *
+              task_.key_tiles;
     const int end = end_of(*at, min(at->first_row + prefill_rows(D), rows()) - 1);
     at->begin = at->start / kKeys;
     at->end = at->start < end ? (end + kKeys - 1) / kKeys : at->begin;
@@ -116,7 +130,8 @@ class PrefillRows {
       for_far(far.values, each + 4 * kKeys, [&](int i, float log) { s[i] += log; });
     }
     const int first = j * kKeys;
-    const bool plain = !p.mask && first >= at.start && first + kKeys <= min(end_[0], end_[1]);
+    const bool plain = first >= at.start && first + kKeys <= min(end_[0], end_[1]) &&
+                       (!at.sights || at.sights[j] == kAll);
     if (!__all_sync(~0u, plain)) [[unlikely]]
       hide(at, first, s);
 

@@ -89,11 +89,15 @@ class WidePrefill : PrefillRows<512> {
   __device__ uint32_t norms(uint32_t m, int tile) const {
     return shared_ + S::kNorms + (m % 4 * 2 + tile) * norm_bytes_of(D);
   }
-  static __device__ int pairs(const RowTile& at) { return (at.end - at.begin + 1) / 2; }
-  // The tile of pair i, from the end, that is a group's to score. Of an odd number of tiles, the
-  // last is one before the first: hidden, with the first one's image in its place.
-  static __device__ int tile_of(const RowTile& at, int i, int group) {
-    return at.end - 1 - 2 * i - group;
+  // Two tiles, from the end, one for each group to score. Of an odd number of tiles, the last is
+  // the one before the first: hidden, with the first one's image in its place.
+  struct Pair {
+    int of[2];
+  };
+  // The pair before tile j; there is none if its first tile lies before at.begin.
+  static __device__ Pair pair_before(const RowTile& at, int j) {
+    const int first = at.last_seen(j - 1);
+    return {{first, at.last_seen(max(first, at.begin) - 1)}};
   }
 
   // -------------------------------------------------------------------- those who bring images
@@ -107,14 +111,17 @@ class WidePrefill : PrefillRows<512> {
       for (int k = group; k < rotation_images(D); k += 2)
         copy_keys(group, &n, task_.rotation + k * S::kImage, nullptr, 0);
       // The keys of a pair, then the values of the pair before.
-      for (int k = 0; k <= pairs(at); ++k) {
-        if (k < pairs(at)) {
-          const char* const from = tile(max(tile_of(at, k, group), at.begin));
+      Pair pair = pair_before(at, at.end), before = {{-1, -1}};
+      for (bool some = false, more = pair.of[0] >= at.begin; more || some;) {
+        if (more) {
+          const char* const from = tile(max(pair.of[group], at.begin));
           copy_keys(group, &n, from, from + 2 * S::kImage, norms(m++, group));
         }
-        if (k > 0)
+        if (some)
           for (int t = 0; t < 2; ++t)
-            copy_values(group, &n, tile(max(tile_of(at, k - 1, t), at.begin)) + S::kImage);
+            copy_values(group, &n, tile(max(before.of[t], at.begin)) + S::kImage);
+        some = more, before = pair;
+        if (more) pair = pair_before(at, pair.of[1]), more = pair.of[0] >= at.begin;
       }
       for (int k = 0; k < rotation_images(D); ++k)
         copy_values(group, &n, task_.rotation + k * S::kImage);
@@ -274,7 +281,8 @@ class WidePrefill : PrefillRows<512> {
     for (int i = 0; i < kColumns / 2; ++i) o_[i] = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) max_[r] = -1e30f, sum_[r] = 0;
-    if (at.begin == at.end) return;
+    Pair pair = pair_before(at, at.end);
+    if (pair.of[0] < at.begin) return;
     at.start = max(at.start, at.begin * kKeys);
 
     float s[kKeys / 2];
@@ -282,17 +290,17 @@ class WidePrefill : PrefillRows<512> {
     wgmma_wait<0>(s);
     release(next_ + kUnits - 1);
     next_ += kUnits;
-    soften_pair(at, 0, s, [] {});
+    soften_pair(at, pair.of[group_], s, [] {});
     write_weights(s);
 #pragma unroll 1
-    for (int i = 1; i < pairs(at); ++i) {
+    while ((pair = pair_before(at, pair.of[1])).of[0] >= at.begin) {
       multiply_keys(s);
       next_ += kUnits;
       multiply_part(0);
       wgmma_wait<1>(s);
       release(next_ - 1);
       multiply_part(1);
-      const Growth grow = soften_pair(at, i, s, [&] {
+      const Growth grow = soften_pair(at, pair.of[group_], s, [&] {
         multiply_part(2);
         multiply_part(3);
         wgmma_wait<2>();
@@ -315,13 +323,13 @@ class WidePrefill : PrefillRows<512> {
     for (int part = 0; part < 4; ++part) release(next_++);
   }
 
-  // The softmax of this group's tile of pair i, whose maximum both agree on; `meanwhile` before
+  // The softmax of tile j, this group's of a pair, whose maximum both agree on; `meanwhile` before
   // they meet.
   template <class Meanwhile>
-  __device__ Growth soften_pair(const RowTile& at, int i, float (&s)[kKeys / 2],
+  __device__ Growth soften_pair(const RowTile& at, int j, float (&s)[kKeys / 2],
                                 Meanwhile meanwhile) {
     const uint32_t norms = this->norms(pair_++, group_);
-    return soften(at, tile_of(at, i, group_), load_flags(norms), norms, s, [&](float (&most)[2]) {
+    return soften(at, j, load_flags(norms), norms, s, [&](float (&most)[2]) {
       meanwhile();
       const float2 other = exchange_rows(most[0], most[1]);
       most[0] = fmaxf(most[0], other.x), most[1] = fmaxf(most[1], other.y);
