@@ -60,7 +60,8 @@ class Prefill : PrefillRows<D> {
   using Base = PrefillRows<D>;
   using Base::add_splits, Base::end_of, Base::find_factors, Base::find_rows, Base::finish;
   using Base::end_, Base::factor_, Base::g_, Base::group_, Base::level_, Base::max_;
-  using Base::load_flags, Base::make_weights, Base::row_of, Base::rows;
+  using Base::load_flags, Base::load_query, Base::piece_at, Base::write_result, Base::make_weights,
+      Base::row_of, Base::rows;
   using Base::round_, Base::row_in_tile_, Base::shared_, Base::sum_, Base::t_, Base::task_;
   using typename Base::Flags;
   using typename Base::Growth;
@@ -228,18 +229,13 @@ class Prefill : PrefillRows<D> {
 
   // q̂ of this warpgroup's rows to shared memory, and what makes products with it scores.
   __device__ void rotate_query(const RowTile& at) {
-    const AttentionProblem& p = task_.problem;
-    uint32_t a[kSteps][4];
-#pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = at.first_row + row_in_tile_ + 8 * r;
       end_[r] = row < rows() ? end_of(at, row) : 0;
-      const uint16_t* const from = row_of(p.query, at, min(row, rows() - 1)) + 2 * t_;
-#pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i)
-        a[i / 2][i % 2 * 2 + r] = __ldg(reinterpret_cast<const uint32_t*>(from + 8 * i));
     }
-    const Lengths lengths = normalise(a, p.query.dtype);
+    uint32_t a[kSteps][4];
+    load_query(at, query_, a);
+    const Lengths lengths = normalise(a, task_.problem.query.dtype);
     float scale[2];
     find_factors(at, lengths, scale);
     constexpr int kColumns = D < kKeys ? D : kKeys;
@@ -262,9 +258,7 @@ class Prefill : PrefillRows<D> {
           const uint32_t pair =
               half_pair(y[4 * j + 2 * r] * scale[r], y[4 * j + 2 * r + 1] * scale[r]);
           const int row = row_in_tile_ % 64 + 8 * r, piece = turn * (kKeys / 8) + j;
-          store_shared(
-              query_ + piece / 8 * (64 * 128) + row * 128 + ((piece ^ row) & 7) * 16 + 4 * t_,
-              pair);
+          store_shared(piece_at(query_, row, piece) + 4 * t_, pair);
         }
     }
     fence_before_copies();
@@ -356,13 +350,14 @@ class Prefill : PrefillRows<D> {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(o_[i]));
     for (int r = 0; r < 2; ++r) most[r] = quad_max(most[r]), sum[r] = quad_sum(sum_[r]);
-    const auto [out, down, scale] = finish(at, most, sum);
+    const auto result = finish(at, most, sum);
     uint32_t a[kSteps][4];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        a[i][k] = half_pair(o_[8 * i + 2 * k] * down[k % 2], o_[8 * i + 2 * k + 1] * down[k % 2]);
+        a[i][k] = half_pair(o_[8 * i + 2 * k] * result.down[k % 2],
+                            o_[8 * i + 2 * k + 1] * result.down[k % 2]);
 #pragma unroll
     for (int turn = 0; turn < rotation_images(D); ++turn) {
       wait_full(image_);
@@ -376,14 +371,7 @@ class Prefill : PrefillRows<D> {
       wgmma_wait<0>(o_);
       release(image_++);
     }
-    const bool half = task_.problem.out.dtype == Dtype::f16;
-#pragma unroll
-    for (int i = 0; i < D / 4; ++i) {
-      const int r = i % 2;
-      const float x0 = o_[2 * i] * scale[r], x1 = o_[2 * i + 1] * scale[r];
-      const uint32_t pair = half ? half_pair(x0, x1) : bfloat_pair(x0, x1);
-      if (out[r]) *reinterpret_cast<uint32_t*>(out[r] + i / 2 * 8 + 2 * t_) = pair;
-    }
+    write_result<D>(result, 0, o_, query_);
   }
 
   uint32_t query_;

@@ -78,6 +78,32 @@ class PrefillRows {
     return static_cast<const uint16_t*>(v.data) + offset_of(v, at.b, head, token);
   }
 
+  // Where piece `piece` of 16 bytes of a row lies in images of 64 rows at a shared address.
+  static __device__ uint32_t piece_at(uint32_t image, int row, int piece) {
+    return image + piece / 8 * (64 * 128) + row * 128 + ((piece ^ row) & 7) * 16;
+  }
+
+  // A warp's 16 queries as operand A, by way of its rows of an image: from and to global memory a
+  // lane has 16 bytes at a time.
+  __device__ void load_query(const RowTile& at, uint32_t image, uint32_t (&a)[D / 16][4]) const {
+    const int lane = 4 * g_ + t_, row_of_warp = row_in_tile_ % 64 - g_;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = min(at.first_row + row_in_tile_ + 8 * r, rows() - 1);
+      const auto* const from = reinterpret_cast<const uint4*>(row_of(task_.problem.query, at, row));
+#pragma unroll
+      for (int piece = t_; piece < D / 8; piece += 4) {
+        const uint4 x = __ldg(from + piece);
+        store_shared4(piece_at(image, row_in_tile_ % 64 + 8 * r, piece), {x.x, x.y, x.z, x.w});
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+      load_matrices(a[i], piece_at(image, row_of_warp + lane % 16, 2 * i + lane / 16));
+    __syncwarp();
+  }
+
   // What makes products with q̂ scores, and what makes products with the rotation q̂: of length 2^8,
   // with the sign of a negative scale, so that larger scores are larger products.
   __device__ void find_factors(const RowTile& at, const Lengths& lengths, float (&scale)[2]) {
@@ -321,6 +347,32 @@ class PrefillRows {
           sum == 0 ? 0 : own / sum * of_values * __uint_as_float((exponent - 8) << 23);
     }
     return result;
+  }
+
+  // Writes columns `first` .. of the result, by way of the warp's rows of an image.
+  template <int kColumns>
+  __device__ void write_result(const Result& result, int first, const float* y,
+                               uint32_t image) const {
+    const bool half = task_.problem.out.dtype == Dtype::f16;
+    const int row = row_in_tile_ % 64;
+#pragma unroll
+    for (int i = 0; i < kColumns / 4; ++i) {
+      const int r = i % 2;
+      const float x0 = y[2 * i] * result.scale[r], x1 = y[2 * i + 1] * result.scale[r];
+      store_shared(piece_at(image, row + 8 * r, i / 2) + 4 * t_,
+                   half ? half_pair(x0, x1) : bfloat_pair(x0, x1));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int piece = t_; piece < kColumns / 8; piece += 4) {
+        uint32_t x[4];
+        load_words(x, piece_at(image, row + 8 * r, piece));
+        if (result.out[r])
+          *reinterpret_cast<uint4*>(result.out[r] + first + 8 * piece) = {x[0], x[1], x[2], x[3]};
+      }
+    __syncwarp();
   }
 
   const PrefillTask& task_;

@@ -182,10 +182,9 @@ class WidePrefill : PrefillRows<512> {
   }
   static __device__ void meet_other() { meet(3, 256); }
 
-  // Writes a fragment's pair to columns 8 piece + 2 t .. of a row of a slab, [64][128 bytes].
-  __device__ void write_pair(uint32_t slab, int r, int piece, float x, float y) const {
-    const int row = row_in_tile_ + 8 * r;
-    store_shared(slab + row * 128 + ((piece ^ row) & 7) * 16 + 4 * t_, half_pair(x, y));
+  // Writes a fragment's pair to an image of 64 rows.
+  __device__ void write_pair(uint32_t image, int r, int piece, float x, float y) const {
+    store_shared(piece_at(image, row_in_tile_ + 8 * r, piece) + 4 * t_, half_pair(x, y));
   }
   // Tells the other group a number of each of the thread's two rows, and learns its.
   __device__ float2 exchange_rows(float x, float y) const {
@@ -200,21 +199,17 @@ class WidePrefill : PrefillRows<512> {
 
   // q̂ to shared memory, the coordinates of this group's images of the rotation.
   __device__ void rotate_query(const RowTile& at) {
-    const AttentionProblem& p = task_.problem;
-    uint32_t a[D / 16][4];
-#pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = at.first_row + row_in_tile_ + 8 * r;
       end_[r] = row < rows() ? end_of(at, row) : 0;
-      const uint16_t* const from = row_of(p.query, at, min(row, rows() - 1)) + 2 * t_;
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i)
-        a[i / 2][i % 2 * 2 + r] = __ldg(reinterpret_cast<const uint32_t*>(from + 8 * i));
     }
-    const Lengths lengths = normalise(a, p.query.dtype);
+    uint32_t a[D / 16][4];
+    meet_other();  // what was there has been read
+    load_query(at, query_, a);
+    const Lengths lengths = normalise(a, task_.problem.query.dtype);
     float scale[2];
     find_factors(at, lengths, scale);
-    meet_other();  // what was there has been read
+    meet_other();  // both have loaded the same
 #pragma unroll 1
     for (int k = group_; k < rotation_images(D); k += 2) {
       float y[kKeys / 2];
@@ -356,13 +351,13 @@ class WidePrefill : PrefillRows<512> {
     const float2 other_sum = exchange_rows(sum[0], sum[1]);
     most[0] = fmaxf(most[0], other_most.x), most[1] = fmaxf(most[1], other_most.y);
     sum[0] += other_sum.x, sum[1] += other_sum.y;
-    const auto [out, down, scale] = finish(at, most, sum);
+    const auto result = finish(at, most, sum);
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         write_pair(query_ + (group_ * (kColumns / 64) + j / 8) * S::kSlab, r, j % 8,
-                   o_[4 * j + 2 * r] * down[r], o_[4 * j + 2 * r + 1] * down[r]);
+                   o_[4 * j + 2 * r] * result.down[r], o_[4 * j + 2 * r + 1] * result.down[r]);
     fence_before_copies();
     meet_other();
 #pragma unroll 1
@@ -371,15 +366,9 @@ class WidePrefill : PrefillRows<512> {
       wgmma_wait<0>(o_);
       release(next_++);
     }
-    const bool half = task_.problem.out.dtype == Dtype::f16;
 #pragma unroll
-    for (int i = 0; i < kColumns / 4; ++i) {
-      const int r = i % 2;
-      const float x0 = o_[2 * i] * scale[r], x1 = o_[2 * i + 1] * scale[r];
-      const uint32_t pair = half ? half_pair(x0, x1) : bfloat_pair(x0, x1);
-      if (out[r])
-        *reinterpret_cast<uint32_t*>(out[r] + group_ * kColumns + i / 2 * 8 + 2 * t_) = pair;
-    }
+    for (int i = 0; i < kColumns; i += 64)
+      write_result<64>(result, group_ * kColumns + i, o_ + i / 2, weights_ + group_ * S::kSlab);
   }
 
   uint32_t query_, weights_;
