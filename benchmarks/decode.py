@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,15 @@ from tqdm import tqdm
 
 import turboquant as tq
 from benchmarks import dense, gpu, plot, rows
+from benchmarks.problems import (
+    Sets,
+    Shape,
+    dense_sets,
+    in_long_buffers,
+    packed_sets,
+    random,
+    relative,
+)
 
 Row = dict[str, Any]
 sdpa: Callable[..., Tensor] = tq.tq4_sdpa
@@ -34,28 +41,6 @@ TORCH = ["flash", "cudnn", "efficient", "flex"]
 PUBLISHED = "published Triton"
 SHORT = 2048  # up to here a call is launches and latency
 WORST_ERROR = 0.02
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int
-    Hq: int
-    Hkv: int
-    D: int
-    L: int
-    Lq: int = 1
-
-    @property
-    def heads(self) -> str:
-        return f"{self.Hq}:{self.Hkv} D{self.D}"
-
-    @property
-    def packed_bytes(self) -> int:
-        return 2 * self.B * self.Hkv * self.L * (self.D // 2 + 2)
-
-    @property
-    def dense_bytes(self) -> int:
-        return 4 * self.B * self.Hkv * self.L * self.D
 
 
 LENGTHS = [128, 512, 2048, 4096, 8192, 32768, 131072]
@@ -96,55 +81,7 @@ PUBLISHED_RATIOS = {
 SLOWDOWNS = {2: 1.15, 4: 1.3, 8: 1.7}  # of more query rows, against one
 
 
-# ------------------------------------------------------------------------------------- buffers
-
-
-@dataclass
-class Sets:
-    """Equal problems in different places of memory, to be taken in turn."""
-
-    queries: list[Tensor]
-    states: list[tuple[Tensor, ...]]  # k_packed, k_norms, v_packed, v_norms; or k, v
-    constants: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # centroids, rotation
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def args(self, i: int) -> tuple[Any, ...]:
-        return self.queries[i], *self.states[i], *self.constants
-
-
-def random(*sizes: int) -> Tensor:
-    return torch.randn(*sizes, dtype=torch.bfloat16, device="cuda")
-
-
-def queries(shape: Shape, n: int) -> list[Tensor]:
-    return list(random(n, shape.B, shape.Hq, shape.Lq, shape.D))
-
-
-def packed_sets(shape: Shape, n: int | None = None) -> Sets:
-    """Compressed Gaussian vectors."""
-    n = n or gpu.sets_for(shape.packed_bytes)
-    centroids, boundaries = (t.cuda() for t in tq.codebook(shape.D))
-    pi = tq.rotation(shape.D).cuda()
-    size = (n, shape.B, shape.Hkv, shape.L, shape.D)
-    sides = [tq.compress(random(*size), pi, boundaries) for _ in "kv"]
-    states = list(zip(*(t for side in sides for t in side)))
-    return Sets(queries(shape, n), states, (centroids, pi))
-
-
-def dense_sets(shape: Shape) -> Sets:
-    n = gpu.sets_for(shape.dense_bytes)
-    size = (n, shape.B, shape.Hkv, shape.L, shape.D)
-    return Sets(queries(shape, n), list(zip(random(*size), random(*size))))
-
-
 # --------------------------------------------------------------------------------- correctness
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """RMS of the difference, over the RMS of `want`."""
-    return float((got.float() - want.float()).norm() / want.float().norm())
 
 
 def exact(shape: Shape, args: tuple[Tensor, ...]) -> Tensor:
@@ -177,32 +114,21 @@ class Benchmark:
             self.streams[nbytes] = gpu.stream_time(nbytes)
         return self.streams[nbytes]
 
-    def optional(self, name: str, call: gpu.Call, sets: int) -> float | None:
-        """The time of somebody else's kernel, or nothing if it refuses."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a refusal explains itself in several
-                return gpu.graph_time(call, sets)
-        except Exception as refusal:  # whatever it raises, it cannot do this shape
-            reason = str(refusal).strip().partition("\n")[0]
-            tqdm.write(f"    {name}: {type(refusal).__name__}: {reason}", file=sys.stderr)
-            return None
-
     def torch_times(self, shape: Shape, before: Callable[[Sets, int], object] | None = None) -> Row:
         """Column -> µs of each of torch's kernels; `before` each call, something else to do."""
         if self.alone:
             return {}
         sets = dense_sets(shape)
         taken: Row = {}
-        named = dense.alternatives(shape.Lq, shape.L, shape.Hq // shape.Hkv, self.flex)
+        named = dense.for_few_rows(shape.Lq, shape.L, shape.group, self.flex)
         for name, attention in named.items():
 
             def call(i: int, attention: dense.Attention = attention) -> Tensor:
                 if before is not None:
                     before(sets, i)
-                return attention(*sets.args(i)[:3])
+                return attention(*sets.args(i))
 
-            taken[f"{name} µs"] = self.optional(name, call, len(sets))
+            taken[f"{name} µs"] = gpu.optional_time(name, call, len(sets))
         return taken
 
     def common(self, what: str, shape: Shape, ours: float) -> Row:
@@ -232,7 +158,7 @@ class Benchmark:
             def published(i: int) -> Tensor:  # without kv_len it does not split the keys
                 return theirs(*sets.args(i), kv_len=length, mask_is_causal=True)
 
-            row[f"{PUBLISHED} µs"] = self.optional(PUBLISHED, published, len(sets))
+            row[f"{PUBLISHED} µs"] = gpu.optional_time(PUBLISHED, published, len(sets))
             if row[f"{PUBLISHED} µs"] is not None:
                 row["from published"] = relative(ours(0), published(0))
         return row
@@ -250,21 +176,17 @@ class Benchmark:
 
     def fill(self) -> Row:
         """A long buffer filled to 1 %, told by kv_len, against a buffer of that length."""
-        buffer, full = replace(FEW_ROWS, L=131072), replace(FEW_ROWS, L=1312)
-        n = gpu.sets_for(full.packed_bytes)
-        exact_sets = packed_sets(full, n)
-        # The filled parts lie side by side in one long buffer; each set sees it from its own on.
-        whole = packed_sets(replace(buffer, L=buffer.L + n * full.L), 1).states[0]
-        cut = [slice(i * full.L, i * full.L + buffer.L) for i in range(n)]
-        states = [tuple(t[:, :, part] for t in whole) for part in cut]
-        sets = replace(exact_sets, states=states)
+        full = replace(FEW_ROWS, L=1312)
+        exact_sets = packed_sets(full)
+        sets = in_long_buffers(exact_sets, full, 131072)
         length = torch.tensor(full.L, dtype=torch.int32, device="cuda")
 
         def filled(i: int) -> Tensor:
             return sdpa(*sets.args(i), kv_len=length)
 
-        short = gpu.graph_time(lambda i: sdpa(*exact_sets.args(i)), n)
-        row = self.common("decode 32:8 D128, 1 % of 131072", full, gpu.graph_time(filled, n))
+        short = gpu.graph_time(lambda i: sdpa(*exact_sets.args(i)), len(sets))
+        time = gpu.graph_time(filled, len(sets))
+        row = self.common("decode 32:8 D128, 1 % of 131072", full, time)
         cuts = tuple(t[:, :, : full.L] for t in sets.states[0])
         first = (sets.queries[0], *cuts, *sets.constants)
         row |= {
@@ -294,23 +216,12 @@ class Benchmark:
         row = self.common(f"layer step {shape.heads}", shape, gpu.graph_time(ours, len(sets)))
         row["error"] = relative(ours(0), exact(shape, sets.args(0)))
         row |= self.torch_times(shape, store)
-        return row | best_of(row) | verdict({})
-
-
-def best_of(row: Row) -> Row:
-    """Which of torch's kernels is the fastest, and how much slower than ours."""
-    known = {name: row[f"{name} µs"] for name in TORCH if row.get(f"{name} µs")}
-    if not known:
-        return {}
-    name = min(known, key=known.__getitem__)
-    best = {"best bf16": name, "best bf16 µs": known[name]}
-    return best | {"against": "best bf16", "against µs": known[name],
-                   "ratio": known[name] / row["ours µs"]}  # fmt: skip
+        return row | dense.best_of(row, TORCH) | verdict({})
 
 
 def judged(row: Row, shape: Shape) -> Row:
     """The row, with its ratio and whether it meets what is asked of its shape."""
-    row |= best_of(row)
+    row |= dense.best_of(row, TORCH)
     ours, place, bars = row["ours µs"], (shape.B, shape.heads), {}
     if shape.Lq == 1 and shape.L in ROOFLINE_RATIOS.get(place, {}):
         roofline = row["bf16 roofline µs"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import sys
+import warnings
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 from turboquant import ops
 
@@ -74,6 +77,18 @@ def graph_time(call: Call, sets: int, rounds: int = ROUNDS) -> float:
     times = [replay_time(graph.replay) for _ in range(rounds)]
     graph.reset()
     return statistics.median(times) / (turns * sets)
+
+
+def optional_time(name: str, call: Call, sets: int, rounds: int = ROUNDS) -> float | None:
+    """The time of somebody else's kernel, or nothing if it refuses."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a refusal explains itself in several
+            return graph_time(call, sets, rounds)
+    except Exception as refusal:  # whatever it raises, it cannot do this shape
+        reason = str(refusal).strip().partition("\n")[0]
+        tqdm.write(f"    {name}: {type(refusal).__name__}: {reason}", file=sys.stderr)
+        return None
 
 
 def stream_time(nbytes: int) -> float:

@@ -1,4 +1,4 @@
-"""Draws ``results/decode.png`` from the rows of ``benchmarks.decode``; needs matplotlib."""
+"""Draws ``results/decode.png`` and ``results/prefill.png`` from rows; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -50,6 +50,65 @@ def draw(name: str) -> Path:
     return path
 
 
+def draw_prefill(name: str) -> Path:
+    """Rate of each shape by its rows, for one sequence: from ``results/<name>.csv``."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    source = rows.RESULTS / f"{name}.csv"
+    found = [row for row in rows.read(source) if row["what"].startswith("prefill")]
+    panels: dict[str, list[dict[str, str]]] = {}
+    for heads in PANELS:
+        series = [row for row in found if row["what"] == f"prefill {heads}"]
+        if series:
+            panels[heads] = sorted(series, key=lambda row: (int(row["Lq"]), int(row["L"])))
+    if not panels:
+        raise SystemExit(f"{source} has no rows to draw; run python -m benchmarks.prefill")
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    widths = {"width_ratios": [len(series) + 1 for series in panels.values()]}
+    figure, [axes] = plt.subplots(
+        1, len(panels), figsize=(14, 5), sharey=True, squeeze=False, gridspec_kw=widths
+    )
+    for ax, (heads, series) in zip(axes, panels.items()):
+        bars(ax, series)
+        ax.set_title(PANELS[heads], loc="left", fontweight="bold", fontsize=12)
+    axes[0].set_ylabel("TFLOP/s of causal work")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(handles), frameon=False,
+                  bbox_to_anchor=(0.5, 0.945))  # fmt: skip
+    device = found[0]["device"].split(",")[0]
+    figure.suptitle(f"Attention of many new tokens on an {device}", fontsize=14, y=0.985)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    path = rows.RESULTS / "prefill.png"
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path
+
+
+def bars(ax: Any, series: list[dict[str, str]]) -> None:
+    """Each shape's best bf16 and ours, with their ratio above."""
+    for place, row in enumerate(series):
+        first = place == 0
+        ours = float(row["TFLOP/s"])
+        best = ours / float(row["ratio"]) if row.get("ratio") else 0.0
+        ax.bar(place - 0.2, best, 0.38, color=DENSE, label="best bf16 in torch" if first else None)
+        ax.bar(place + 0.2, ours, 0.38, color=OURS, label=OUR_LABEL if first else None)
+        if best:
+            ax.annotate(f"{ours / best:.2f}x", (place, max(ours, best)), (0, 3), ha="center",
+                        textcoords="offset points", fontweight="bold", color=OURS)  # fmt: skip
+    labels = [f"{size(row['Lq'])}\nof {size(row['L'])}" for row in series]
+    ax.set_xticks(range(len(series)), labels)
+    ax.set(xlim=(-0.6, len(series) - 0.4), xlabel="new tokens, of a context")
+    ax.grid(True, axis="y", color="#eeeeee")
+    ax.set_axisbelow(True)
+
+
+def size(tokens: str) -> str:
+    return f"{int(tokens) // 1024}K" if int(tokens) >= 1024 else tokens
+
+
 def panel(ax: Any, series: list[dict[str, str]]) -> None:
     def line(column: str, label: str, **style: Any) -> None:
         points = [(int(row["L"]), float(row[column])) for row in series if row.get(column)]
@@ -75,7 +134,7 @@ def panel(ax: Any, series: list[dict[str, str]]) -> None:
                     textcoords="offset points", va="center", annotation_clip=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="context, tokens")
     lengths = [int(row["L"]) for row in series]
-    ax.set_xticks(lengths, [f"{L // 1024}K" if L >= 1024 else str(L) for L in lengths])
+    ax.set_xticks(lengths, [size(row["L"]) for row in series])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(True, which="major", color="#eeeeee")
