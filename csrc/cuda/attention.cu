@@ -12,7 +12,7 @@ namespace tq::cuda {
 
 // 10 ms. Other work that holds multiprocessors is gone by then; two decode kernels that hold each
 // other's are not. (What a block does alone it adds up in another order: other last bits.)
-std::atomic<int64_t> decode_patience = 20'000'000;
+std::atomic<int64_t> patience = 20'000'000;
 
 namespace {
 
@@ -127,7 +127,7 @@ DecodeTask make_task(const AttentionProblem& p, int multiprocessors) {
   task.k = source_of(p.k_packed, 1), task.v = source_of(p.v_packed, 1);
   task.k_norms = source_of(p.k_norms, 2), task.v_norms = source_of(p.v_norms, 2);
   task.group = static_cast<int>(p.Hq / p.Hkv);
-  task.patience = decode_patience;
+  task.patience = patience;
   return task;
 }
 

@@ -30,7 +30,7 @@ cudaError_t launch_prefill(const AttentionProblem& problem, void* workspace, int
                            cudaStream_t stream);
 
 // Clocks that a decode block waits for others before it does their work too. Tests change it.
-extern std::atomic<int64_t> decode_patience;
+extern std::atomic<int64_t> patience;
 
 // Attention of any shape. The workspace is bounded: its size does not depend on Lkv.
 int64_t general_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes

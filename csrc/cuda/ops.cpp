@@ -124,8 +124,8 @@ std::tuple<Tensor, Tensor> attention_op(
 }
 
 int64_t patience_op(std::optional<int64_t> use) {
-  if (use) decode_patience = *use;
-  return decode_patience;
+  if (use) patience = *use;
+  return patience;
 }
 
 }  // namespace

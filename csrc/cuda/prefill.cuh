@@ -27,15 +27,15 @@ namespace tq::cuda {
 
 template <int D, bool kFused>
 struct PrefillShape {
-  // Registers: 128 x 512 or 168 x 384. At D = 256 those who multiply need more than 512 threads
-  // would leave, and one warpgroup makes all images.
+  // Registers: 128 x 512 or 168 x 384, of those who multiply and of the others. At D = 256 the
+  // former need more than 512 threads would leave, and one warpgroup makes all images.
   static constexpr bool kTwoMake = kFused && D <= 192;
   static constexpr int kThreads = kTwoMake ? 512 : 384;
-  // On an image: of a thread that copies it, once from each warp that makes it (twice where others
-  // make the next), once from all warps that make images if it is one of the rotation's.
-  static constexpr int kArrivals = !kFused ? 1 : kTwoMake ? 8 : 4;
-  static constexpr int kUsed = kTwoMake ? 208 : kFused ? 224 : 232;
-  static constexpr int kGiven = kTwoMake ? 48 : kFused ? 56 : 40;
+  // On an image: of the thread that copies it, or of all threads that make images, where those that
+  // make values' count twice on these.
+  static constexpr int kArrivals = !kFused ? 1 : kThreads - 256;
+  static constexpr int kGiven = kTwoMake ? (D <= 64 ? 72 : D == 128 ? 48 : 64) : kFused ? 56 : 40;
+  static constexpr int kUsed = kTwoMake ? 256 - kGiven : kFused ? 224 : 232;
   static constexpr int kKeys = prefill_keys(D), kImage = image_bytes_of(D);
   static constexpr int kImages = kFused && D > 192 ? 3 : 4;  // places of the ring, from 0 on
   static constexpr int kQueryBytes =
@@ -48,7 +48,8 @@ struct PrefillShape {
   // Norms of four tiles. One place is used again when there is one for the image four images later,
   // at least, and by then it has been read.
   static constexpr int kNorms = kBarriers + 2 * 8 * kImages;
-  static constexpr int kBytes = kNorms + 4 * norm_bytes_of(D);
+  static constexpr int kMerge = kNorms + 4 * norm_bytes_of(D);
+  static constexpr int kBytes = kMerge + 2 * kMergeBytes;
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -60,11 +61,12 @@ class Prefill : PrefillRows<D> {
   using Base = PrefillRows<D>;
   using Base::add_splits, Base::end_of, Base::find_factors, Base::find_rows, Base::finish;
   using Base::end_, Base::factor_, Base::g_, Base::group_, Base::level_, Base::max_;
-  using Base::load_flags, Base::load_query, Base::piece_at, Base::write_result, Base::make_weights,
-      Base::row_of, Base::rows;
+  using Base::far_, Base::fetch_query, Base::look_for_far, Base::read_query, Base::piece_at,
+      Base::write_result, Base::make_weights, Base::row_of, Base::rows;
+  using Base::last_seen;
   using Base::round_, Base::row_in_tile_, Base::shared_, Base::sum_, Base::t_, Base::task_;
-  using typename Base::Flags;
   using typename Base::Growth;
+  using typename Base::Share;
   static constexpr int kSteps = D / 16, kKeys = S::kKeys;
 
  public:
@@ -74,15 +76,17 @@ class Prefill : PrefillRows<D> {
     if (threadIdx.x == 0) {
       for (int i = 0; i < S::kImages; ++i) {
         barrier_init(block.full(i), S::kArrivals);  // of those who bring it
-        barrier_init(block.free(i), 2);             // of the warpgroups that use it
+        barrier_init(block.free(i), 256);           // of the warpgroups that use it
       }
       barrier_init_fence();
     }
     block.level_ = kFused ? LevelTable::fill(memory + S::kTable, task.problem.centroids)
                           : LevelTable::unit(task.problem.centroids);
     __syncthreads();
-    wait_for_previous_kernel();
-    block.round_ = task.find_round();
+    // What came before the kernels of this call is done, since the first of them has waited for it.
+    // Of these, only the rotation's images are needed, and a count (claim_shares); or more.
+    if (!kFused || task.sights) wait_for_previous_kernel();
+    block.round_ = kFused ? PrefillTask::Round{0, task.heads(), 0} : task.find_round();
     if (threadIdx.x < 256) {
       take_registers<S::kUsed>();
       block.consume();
@@ -109,7 +113,12 @@ class Prefill : PrefillRows<D> {
     return shared_ + S::kBarriers + 16 * (n % S::kImages);
   }
   __device__ uint32_t free(uint32_t n) const { return full(n) + 8; }
-  __device__ void wait_full(uint32_t n) const { barrier_wait(full(n), n / S::kImages & 1); }
+  // The products read what other warps have stored. The fence between is here, not with those: it
+  // would wait for what they fetch.
+  __device__ void wait_full(uint32_t n) const {
+    barrier_wait(full(n), n / S::kImages & 1);
+    if (kFused) fence_before_copies();
+  }
   __device__ void wait_free(uint32_t n) const { barrier_wait(free(n), (n / S::kImages + 1) & 1); }
   // Norms of tile m of all.
   __device__ uint32_t norms(uint32_t m) const {
@@ -125,7 +134,7 @@ class Prefill : PrefillRows<D> {
     uint32_t n = 0, m = 0;
     RowTile at;
     for (int i = 0; find_rows(i, &at); ++i) {
-      int j = at.last_seen(at.end - 1);
+      int j = last_seen(at, at.end - 1);
       if (j >= at.begin) {
         if (kOfKeys) keys.start(at), keys.fetch(j);
         if (kOfValues) values.start(at), values.fetch(j);
@@ -133,32 +142,37 @@ class Prefill : PrefillRows<D> {
       copy_rotation(n);
       n += rotation_images(D);
       for (; j >= at.begin; ++m, n += 2) {
-        j = at.last_seen(j - 1);
-        if (kOfKeys) make_image(keys, n, m, max(j, at.begin));
-        if (kOfValues) make_image(values, n + 1, m, max(j, at.begin));
+        j = last_seen(at, j - 1);
+        const int next = max(j, at.begin);
+        if (kOfValues) values.take_norms(norms(m) + key_norm_bytes_of(D));
+        if (kOfKeys) {
+          keys.take_norms(norms(m));
+          wait_free(n);
+          keys.template make<kOfValues ? 1 : 0>(image(n), next);
+        } else if (n >= S::kImages) {
+          // What was there before is complete, else this would be taken for a part of it.
+          barrier_wait(full(n), (n / S::kImages + 1) & 1);
+        }
+        barrier_arrive(full(n));  // with the keys' image come the norms of both
+        if (kOfValues) {
+          wait_free(n + 1);
+          values.template make<kOfKeys ? 1 : 0>(image(n + 1), next);
+          barrier_arrive(full(n + 1), S::kArrivals / 128);
+        }
       }
       copies_wait<0>();
       copy_rotation(n);
       n += rotation_images(D);
     }
   }
-  template <class Maker>
-  __device__ void make_image(Maker& maker, uint32_t n, uint32_t m, int next) const {
-    wait_free(n);
-    maker.template make<S::kTwoMake ? 0 : 1>(image(n), norms(m));
-    fence_before_copies();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(full(n), S::kArrivals / 4);
-    maker.fetch(next);
-  }
-
   __device__ void copy_images() const {
     uint32_t n = 0, m = 0;
     RowTile at;
     for (int i = 0; find_rows(i, &at); ++i) {
       copy_rotation(n);
       n += rotation_images(D);
-      for (int j = at.last_seen(at.end - 1); j >= at.begin; j = at.last_seen(j - 1), ++m, n += 2) {
+      for (int j = last_seen(at, at.end - 1); j >= at.begin;
+           j = last_seen(at, j - 1), ++m, n += 2) {
         const char* const tile =
             task_.tiles + (static_cast<int64_t>(at.slot) * round_.tiles + j) * tile_bytes_of(D);
         wait_free(n);
@@ -182,9 +196,10 @@ class Prefill : PrefillRows<D> {
       wait_free(n);
       if (kFused) __syncwarp();  // else this is one thread
       if (threadIdx.x == 256) {
+        wait_for_previous_kernel();
         barrier_expect(full(n), S::kImage);
         copy_operand(image(n), task_.rotation + i * S::kImage, S::kImage, full(n));
-      } else if (threadIdx.x % 32 == 0) {
+      } else {
         barrier_arrive(full(n));
       }
     }
@@ -200,15 +215,17 @@ class Prefill : PrefillRows<D> {
     for (int i = 0; find_rows(i, &at); ++i) {
       if (at.first_row + 64 * group_ >= rows()) {
         pass(rotation_images(D));
-        for (int j = at.last_seen(at.end - 1); j >= at.begin; j = at.last_seen(j - 1), ++tile_)
+        for (int j = last_seen(at, at.end - 1); j >= at.begin; j = last_seen(at, j - 1), ++tile_)
           pass(2);
         pass(rotation_images(D));
         continue;
       }
       rotate_query(at);
       attend(at);
-      if (task_.splits == 1 || add_splits(at, o_, query_, false))
-        store(at);
+      Share share = Share::kOwn;
+      if (at.splits > 1) share = add_splits(at, o_, shared_ + S::kMerge, false);
+      if (share != Share::kNothing)
+        store(at, share);
       else
         pass(rotation_images(D));
     }
@@ -223,9 +240,7 @@ class Prefill : PrefillRows<D> {
       release(image_++);
     }
   }
-  __device__ void release(uint32_t n) const {
-    if (threadIdx.x % 128 == 0) barrier_arrive(free(n));
-  }
+  __device__ void release(uint32_t n) const { Base::release_to(free(n), far_); }
 
   // q̂ of this warpgroup's rows to shared memory, and what makes products with it scores.
   __device__ void rotate_query(const RowTile& at) {
@@ -234,7 +249,10 @@ class Prefill : PrefillRows<D> {
       end_[r] = row < rows() ? end_of(at, row) : 0;
     }
     uint32_t a[kSteps][4];
-    load_query(at, query_, a);
+    fetch_query(at, query_, t_, 4);
+    __syncwarp();
+    read_query(query_, a);
+    __syncwarp();
     const Lengths lengths = normalise(a, task_.problem.query.dtype);
     float scale[2];
     find_factors(at, lengths, scale);
@@ -270,27 +288,28 @@ class Prefill : PrefillRows<D> {
     for (int i = 0; i < D / 2; ++i) o_[i] = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) max_[r] = -1e30f, sum_[r] = 0;
-    int j = at.last_seen(at.end - 1);
+    int j = last_seen(at, at.end - 1);
     if (j < at.begin) return;
 
     // Images: keys of a tile, its values, keys of the next, ...
     float s[kKeys / 2];
     uint32_t weights[kKeys / 16][4];
     multiply_keys(s, image_);
-    Flags far = load_flags(norms(tile_));
     wgmma_wait<0>(s);
     release(image_);
-    soften(at, j, far, s);
+    look_for_far(norms(tile_));
+    soften(at, j, s);
     make_weights(s, weights);
 #pragma unroll 1
-    while ((j = at.last_seen(j - 1)) >= at.begin) {
+    while ((j = last_seen(at, j - 1)) >= at.begin) {
+      const bool far_before = far_;
       multiply_keys(s, image_ + 2);
+      look_for_far(norms(tile_));  // the tensor cores have enough to do meanwhile
       multiply_values(weights, image_ + 1);
-      far = load_flags(norms(tile_));
       wgmma_wait<1>(s);
-      release(image_ + 2);
+      Base::release_to(free(image_ + 2), far_before);
       image_ += 2;
-      const Growth grow = soften(at, j, far, s);
+      const Growth grow = soften(at, j, s);
       wgmma_wait<0>(o_);
       release(image_ - 1);
       if (__any_sync(~0u, grow.of[0] != 1 || grow.of[1] != 1)) [[unlikely]] {
@@ -305,8 +324,8 @@ class Prefill : PrefillRows<D> {
     image_ += 2;
   }
 
-  __device__ Growth soften(const RowTile& at, int j, const Flags& far, float (&s)[kKeys / 2]) {
-    return Base::soften(at, j, far, norms(tile_++), s, [](float (&)[2]) {});
+  __device__ Growth soften(const RowTile& at, int j, float (&s)[kKeys / 2]) {
+    return Base::soften(at, j, norms(tile_++), s, [](float (&)[2]) {});
   }
 
   // Where 16 terms of an image's keys, or 16 of its values, lie: for a descriptor.
@@ -345,12 +364,12 @@ class Prefill : PrefillRows<D> {
   }
 
   // out = Πᵀ · O / l.
-  __device__ void store(const RowTile& at) {
+  __device__ void store(const RowTile& at, Share share) {
     float most[2] = {}, sum[2];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(o_[i]));
     for (int r = 0; r < 2; ++r) most[r] = quad_max(most[r]), sum[r] = quad_sum(sum_[r]);
-    const auto result = finish(at, most, sum);
+    const auto result = finish(at, share, most, sum);
     uint32_t a[kSteps][4];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)

@@ -8,7 +8,7 @@
 //             into the workspace, a round; how many that are is found on the device, from the
 //             lengths there
 // Where tiles of rows are too few for all multiprocessors, their keys are split: each block writes
-// its sums, and the last to come adds them up.
+// its sums, and when all have, each adds up those of some rows (prefill_rows.cuh, add_splits).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,6 +18,7 @@
 #include "codec.cuh"
 #include "decode.h"
 #include "kernels.h"
+#include "plan.h"
 
 namespace tq::cuda {
 
@@ -25,15 +26,17 @@ namespace tq::cuda {
 TQ_HOST_DEVICE constexpr int prefill_rows(int D) { return D <= 256 ? 128 : 64; }
 // A tile of keys, and their values.
 TQ_HOST_DEVICE constexpr int prefill_keys(int D) { return D <= 128 ? 128 : 64; }
-constexpr int kLeastSplit = 8;  // tiles of keys that a block has, where several share a row tile
-
 // The image of a tile: slabs of 64 coordinates, each [keys][128 bytes], pieces of 16 bytes
 // interchanged.
 TQ_HOST_DEVICE constexpr int slabs_of(int D) { return (D + 63) / 64; }
 TQ_HOST_DEVICE constexpr int image_bytes_of(int D) { return slabs_of(D) * prefill_keys(D) * 128; }
-// Norms of a tile that are not in its images (prefill_images.cuh): four flags of the keys, four of
-// the values, three numbers for each key.
-TQ_HOST_DEVICE constexpr int norm_bytes_of(int D) { return 32 + 12 * prefill_keys(D); }
+// Norms of a tile that are not in its images (prefill_images.cuh): of the keys, four flags and a
+// number each; then of the values, four flags and two numbers each.
+TQ_HOST_DEVICE constexpr int key_norm_bytes_of(int D) { return 16 + 4 * prefill_keys(D); }
+TQ_HOST_DEVICE constexpr int value_norm_bytes_of(int D) { return 16 + 8 * prefill_keys(D); }
+TQ_HOST_DEVICE constexpr int norm_bytes_of(int D) {
+  return key_norm_bytes_of(D) + value_norm_bytes_of(D);
+}
 // A tile in the workspace: the keys' image, the values', norms.
 TQ_HOST_DEVICE constexpr int tile_bytes_of(int D) {
   return 2 * image_bytes_of(D) + norm_bytes_of(D);
@@ -55,27 +58,31 @@ struct PrefillTask {
   int key_tiles;  // of the buffer
   int group;      // query heads to a KV head
   int row_tiles;  // of a KV head
-  int splits;     // of a row tile's keys
+  int splits;     // of a row tile's keys, at most
   int round;
-  // [KV head][row tile][warpgroup]: splits that are done. Zero at first.
-  int* done;
+  // [KV head][row tile][warpgroup]: splits that are done, and in the upper half the shares that the
+  // last of them has to add up besides its own. Zero at first.
+  unsigned long long* done;
+  int64_t patience;  // clocks that a block waits for others
   // [KV head][row tile][split][warpgroup]: sums as the threads hold them (prefill.cuh).
   float4* partials;
 
   TQ_HOST_DEVICE int heads() const { return static_cast<int>(problem.B * problem.Hkv); }
 
-  // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each.
+  // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each. Kernels
+  // that ask have a block for each multiprocessor.
   struct Round {
     int first, heads, tiles;
   };
   __device__ Round find_round() const {
-    if (!tiles) return {0, heads(), 0};
     int64_t longest = 1;
     const bool ragged = problem.kv_len.data && problem.kv_len.stride[0] != 0;
     for (int b = 0; b < (ragged ? static_cast<int>(problem.B) : 1); ++b)
       longest = max(longest, problem.length(b));
     const int needed = static_cast<int>((longest + keys - 1) / keys);
-    const int each = max(capacity / needed, 1);
+    int each = static_cast<int>(heads_of_round(heads(), max(capacity / needed, 1)));
+    // Of split row tiles all parts run at once.
+    if (splits > 1) each = min(each, static_cast<int>(gridDim.x) / (row_tiles * splits));
     const int first = static_cast<int>(min(int64_t{round} * each, int64_t{heads()}));
     return {first, min(each, heads() - first), needed};
   }

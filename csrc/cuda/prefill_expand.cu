@@ -28,7 +28,8 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared) {
   const int team = threadIdx.x / 128, pair = team / 2;
   const bool leads = threadIdx.x % 128 == 0;
   const uint32_t image = shared + team * S::kImage;
-  const uint32_t norms = shared + S::kNorms + pair * norm_bytes_of(D);
+  const int of_values = kValues ? key_norm_bytes_of(D) : 0;
+  const uint32_t norms = shared + S::kNorms + pair * norm_bytes_of(D) + of_values;
   ImageMaker<D, kValues> maker(p, shared + S::kTable, shared + S::kStages + team * S::kStage);
 
   // Adjacent tiles, so that each can be fetched while the one before is made.
@@ -47,15 +48,20 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared) {
     }
     if (leads) bulk_stores_wait<0>();
     meet(1 + team, 128);
-    maker.make(image, norms);
-    if (j + 1 < round.tiles) maker.fetch(j + 1);
-    fetched = j + 1 < round.tiles ? i + 1 : -1;
+    const bool more = j + 1 < round.tiles;
+    maker.take_norms(norms);
+    maker.make(image, more ? j + 1 : j);
+    fetched = more ? i + 1 : -1;
     fence_before_copies();
     meet(1 + team, 128);
     if (leads) {
       char* const tile = task.tiles + static_cast<int64_t>(i) * tile_bytes_of(D);
-      store_bulk(tile + (kValues ? S::kImage : 0), image, S::kImage);
-      if (!kValues) store_bulk(tile + 2 * S::kImage, norms, norm_bytes_of(D));
+      // initcheck knows what a bulk copy has written by its start alone; at D = 512 parts are read.
+      constexpr int kPart = D <= 256 ? S::kImage : 4096;
+      for (int part = 0; part < S::kImage; part += kPart)
+        store_bulk(tile + (kValues ? S::kImage : 0) + part, image + part, kPart);
+      store_bulk(tile + 2 * S::kImage + of_values, norms,
+                 kValues ? value_norm_bytes_of(D) : key_norm_bytes_of(D));
       bulk_stores_commit();
     }
   }
@@ -72,6 +78,7 @@ __global__ void __launch_bounds__(ExpandShape<D>::kThreads, 1)
   LevelTable::fill(memory + ExpandShape<D>::kTable, task.problem.centroids);
   __syncthreads();
   wait_for_previous_kernel();
+  allow_next_kernel();
   if (threadIdx.x / 128 % 2 == 0)
     make_images<D, false>(task, shared_address(memory));
   else

@@ -8,17 +8,14 @@ namespace tq::cuda {
 
 // One tile of rows, and the tiles of keys that it sees, as all warps of a block find it.
 struct RowTile : KeyRange {
-  int slot, item, split;      // of the round's KV heads; of all row tiles; of the tile's keys
+  int slot, item;             // of the round's KV heads; of all row tiles
+  int split, splits;          // of the row tile's keys
   int first_row, begin, end;  // of the KV head's; tiles of keys
-  const Sight* sights;        // of each tile, or null
-
-  // The last tile up to j that some row may see; or the one before `begin`.
-  __device__ int last_seen(int j) const {
-    if (sights)
-      while (j >= begin && sights[j] == kNone) --j;
-    return j;
-  }
+  const Sight* sights;        // of each tile, if there is a mask
 };
+
+// Shared memory of a warpgroup for adding up splits.
+constexpr int kMergeBytes = 64 * 16 + 16 * 8;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -48,7 +45,6 @@ class PrefillRows {
     const int row_tile = task_.row_tiles - 1 - i / round_.heads;
     at->item = head * task_.row_tiles + row_tile;
     at->first_row = row_tile * prefill_rows(D);
-    at->sights = nullptr;
     if (task_.sights)
       at->sights =
           task_.sights +
@@ -57,12 +53,20 @@ class PrefillRows {
     const int end = end_of(*at, min(at->first_row + prefill_rows(D), rows()) - 1);
     at->begin = at->start / kKeys;
     at->end = at->start < end ? (end + kKeys - 1) / kKeys : at->begin;
-    if (task_.splits > 1) {
-      const int each = max((at->end - at->begin + task_.splits - 1) / task_.splits, kLeastSplit);
-      at->begin = min(at->begin + at->split * each, at->end);
-      at->end = min(at->begin + each, at->end);
-    }
-    return true;
+    const int tiles = at->end - at->begin;
+    const int each = tiles <= unsplit_tiles(D)
+                         ? max(tiles, 1)
+                         : max((tiles + task_.splits - 1) / task_.splits, kLeastSplit);
+    at->splits = max((tiles + each - 1) / each, 1);
+    at->begin += at->split * each;
+    at->end = min(at->begin + each, at->end);
+    return at->split < at->splits;  // where there are splits, a block has one tile of rows
+  }
+  // The last tile up to j that some row may see; or the one before the first.
+  __device__ int last_seen(const RowTile& at, int j) const {
+    if (task_.sights)
+      while (j >= at.begin && at.sights[j] == kNone) --j;
+    return j;
   }
   // Of a KV head.
   __device__ int rows() const { return task_.group * static_cast<int>(task_.problem.Lq); }
@@ -83,25 +87,26 @@ class PrefillRows {
     return image + piece / 8 * (64 * 128) + row * 128 + ((piece ^ row) & 7) * 16;
   }
 
-  // A warp's 16 queries as operand A, by way of its rows of an image: from and to global memory a
-  // lane has 16 bytes at a time.
-  __device__ void load_query(const RowTile& at, uint32_t image, uint32_t (&a)[D / 16][4]) const {
-    const int lane = 4 * g_ + t_, row_of_warp = row_in_tile_ % 64 - g_;
+  // A warp's 16 queries to its rows of an image, a lane 16 bytes of them at a time: pieces `first`,
+  // `first` + `step`, ... of two rows.
+  __device__ void fetch_query(const RowTile& at, uint32_t image, int first, int step) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = min(at.first_row + row_in_tile_ + 8 * r, rows() - 1);
       const auto* const from = reinterpret_cast<const uint4*>(row_of(task_.problem.query, at, row));
 #pragma unroll
-      for (int piece = t_; piece < D / 8; piece += 4) {
+      for (int piece = first; piece < D / 8; piece += step) {
         const uint4 x = __ldg(from + piece);
         store_shared4(piece_at(image, row_in_tile_ % 64 + 8 * r, piece), {x.x, x.y, x.z, x.w});
       }
     }
-    __syncwarp();
+  }
+  // As operand A.
+  __device__ void read_query(uint32_t image, uint32_t (&a)[D / 16][4]) const {
+    const int lane = 4 * g_ + t_, row_of_warp = row_in_tile_ % 64 - g_;
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
       load_matrices(a[i], piece_at(image, row_of_warp + lane % 16, 2 * i + lane / 16));
-    __syncwarp();
   }
 
   // What makes products with q̂ scores, and what makes products with the rotation q̂: of length 2^8,
@@ -127,41 +132,52 @@ class PrefillRows {
 
   // Of the quarters of a tile: whether norms come beside.
   struct Flags {
-    uint32_t keys[4], values[4];
+    uint32_t of[4];
+    __device__ explicit Flags(uint32_t norms) { load_words(of, norms); }
+    __device__ bool any() const { return of[0] | of[1] | of[2] | of[3]; }
   };
-  static __device__ Flags load_flags(uint32_t norms) {
-    Flags far;
-    load_words(far.keys, norms);
-    load_words(far.values, norms + 16);
-    return far;
+  // Looks whether any do, of keys or values. One thread does for its warpgroup, so that none other
+  // reads a place that will be written again, and arrives on barriers for all (release_to).
+  __device__ void look_for_far(uint32_t norms) {
+    bool any = false;
+    if (threadIdx.x % 128 == 0)
+      any = Flags(norms).any() || Flags(norms + key_norm_bytes_of(D)).any();
+    far_ = meet_any(1 + group_, 128, any);
+  }
+  // Arrives on the barrier of a place that is free again, for 128: each thread, if all have read
+  // norms.
+  __device__ void release_to(uint32_t barrier, bool each) const {
+    if (each)
+      barrier_arrive(barrier);
+    else if (threadIdx.x % 128 == 0)
+      barrier_arrive(barrier, 128);
   }
 
   // Scores of tile j to weights (times values' norms, where they come beside), relative to the
   // maximum. `agree` may raise the tile's own maxima of both rows, known to all lanes.
   template <class Agree>
-  __device__ Growth soften(const RowTile& at, int j, const Flags& far, uint32_t norms,
-                           float (&s)[kKeys / 2], Agree agree) {
-    const AttentionProblem& p = task_.problem;
-    const uint32_t each = norms + 32;
-    const bool far_any = far.values[0] | far.values[1] | far.values[2] | far.values[3];
-    float factor[2] = {factor_[0], factor_[1]};
-    if (far.keys[0] | far.keys[1] | far.keys[2] | far.keys[3]) [[unlikely]]
-      for_far(far.keys, each, [&](int i, float norm) { s[i] *= norm; });
-    if (p.softcap != 0) [[unlikely]]
-      cap(s, factor);
-    if (far_any) [[unlikely]] {
-#pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s[i] *= factor[i / 2 % 2];
-      factor[0] = factor[1] = 1;
-      for_far(far.values, each + 4 * kKeys, [&](int i, float log) { s[i] += log; });
-    }
+  __device__ Growth soften(const RowTile& at, int j, uint32_t norms, float (&s)[kKeys / 2],
+                           Agree agree) {
+    const uint32_t of_values = norms + key_norm_bytes_of(D);
     const int first = j * kKeys;
-    const bool plain = first >= at.start && first + kKeys <= min(end_[0], end_[1]) &&
-                       (!at.sights || at.sights[j] == kAll);
-    if (!__all_sync(~0u, plain)) [[unlikely]]
-      hide(at, first, s);
+    const bool all_seen = first >= at.start && first + kKeys <= min(end_[0], end_[1]) &&
+                          (!task_.sights || at.sights[j] == kAll);
+    float factor[2] = {factor_[0], factor_[1]};
+    // One branch over all that is rare.
+    const bool softcap = task_.problem.softcap != 0;
+    if (!__all_sync(~0u, all_seen && !far_ && !softcap)) [[unlikely]] {
+      if (far_) for_far(Flags(norms), norms + 16, [&](int i, float norm) { s[i] *= norm; });
+      if (softcap) cap(s, factor);
+      if (far_) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) s[i] *= factor[i / 2 % 2];
+        factor[0] = factor[1] = 1;
+        for_far(Flags(of_values), of_values + 16, [&](int i, float log) { s[i] += log; });
+      }
+      if (!__all_sync(~0u, all_seen)) hide(at, first, s);
+    }
 
-    float most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
     for (int r = 0; r < 2; ++r) most[r] = quad_max(most[r]) * factor[r];
@@ -173,28 +189,31 @@ class PrefillRows {
       grow.of[r] = exp2_fast(max_[r] - top);
       max_[r] = top;
     }
+    float sum[4] = {};  // even keys of two rows, then odd ones
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i)
+    for (int i = 0; i < kKeys / 2; ++i) {
       s[i] = exp2_fast(fmaf(s[i], factor[i / 2 % 2], -max_[i / 2 % 2]));
-    if (!far_any) [[likely]] {
+      sum[i / 2 % 2 + i % 2 * 2] += s[i];
+    }
+    if (far_) [[unlikely]] {
+      const Flags far(of_values);
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) sum[i / 2 % 2] += s[i];
-    } else {
+      for (int k = 0; k < 4; ++k) sum[k] = 0;
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) sum[i / 2 % 2] += far.values[i / (kKeys / 8)] ? 0 : s[i];
-      for_far(far.values, each + 8 * kKeys,
+      for (int i = 0; i < kKeys / 2; ++i) sum[i / 2 % 2] += far.of[i / (kKeys / 8)] ? 0 : s[i];
+      for_far(far, of_values + 16 + 4 * kKeys,
               [&](int i, float inverse) { sum[i / 2 % 2] = fmaf(s[i], inverse, sum[i / 2 % 2]); });
     }
-    for (int r = 0; r < 2; ++r) sum_[r] = fmaf(sum_[r], grow.of[r], sum[r]);
+    for (int r = 0; r < 2; ++r) sum_[r] = fmaf(sum_[r], grow.of[r], sum[r] + sum[r + 2]);
     return grow;
   }
 
   // f(i, number) for each of the thread's scores whose key has a number beside the image.
   template <class F>
-  __device__ void for_far(const uint32_t (&far)[4], uint32_t each, F f) const {
+  __device__ void for_far(const Flags& far, uint32_t each, F f) const {
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      if (!far[quarter]) continue;
+      if (!far.of[quarter]) continue;
 #pragma unroll
       for (int i = quarter * (kKeys / 32); i < (quarter + 1) * (kKeys / 32); ++i) {
         const float2 x = load_shared2(each + 8 * t_ + 32 * i);
@@ -253,60 +272,140 @@ class PrefillRows {
       for (int k = 0; k < 4; ++k) weights[i][k] = half_pair(s[8 * i + 2 * k], s[8 * i + 2 * k + 1]);
   }
 
-  // Writes this split's sums; true: the others' had been there, and now they are added. `together`:
-  // for both warpgroups at once. `scratch`: shared memory for a word.
+  // Writes this split's sums, waits for the others', and adds up those of its share of the rows.
+  // Returns kNothing where there is none to store for the warpgroup, kOthers where the thread's
+  // rows are not among them and its sums are 0, kOwn where they are those of all splits. `merge`:
+  // shared memory, for each warpgroup states of 64 units and splits, and maxima of 16 units.
+  // `together`: both warpgroups have the same rows.
+  //
+  // A unit is a quad's two rows. Their sums lie in pieces of 64 bytes, as the quad wrote them. Each
+  // float4 is added up by a thread, which fetches those of all splits at once, and goes where that
+  // of split 0 was, for the quad to take.
+  enum Share { kNothing, kOthers, kOwn };
   template <int kSums>
-  __device__ bool add_splits(const RowTile& at, float (&o)[kSums], uint32_t scratch,
-                             bool together) {
-    constexpr int kWords = partial_words_of(D), kQuarter = kSums / 4;
-    const int thread = threadIdx.x % 128;
+  __device__ Share add_splits(const RowTile& at, float (&o)[kSums], uint32_t merge, bool together) {
+    constexpr int kQuarter = kSums / 4, kBatch = 8;
+    constexpr int kNext = 2 * partial_words_of(D);  // from a split to the next
+    const int thread = threadIdx.x % 128, splits = at.splits;
     const auto meet_all = [&] { together ? meet(3, 256) : meet(1 + group_, 128); };
     float4* const all =
-        task_.partials + (static_cast<int64_t>(at.item) * task_.splits * 2 + group_) * kWords;
-    const auto place_of = [&](int split) { return all + split * 2 * kWords + thread; };
-    float4* const mine = place_of(at.split);
+        task_.partials +
+        (static_cast<int64_t>(at.item) * task_.splits * 2 + group_) * partial_words_of(D);
+    float4* const mine = all + at.split * kNext + thread;
 #pragma unroll
     for (int i = 0; i < kQuarter; ++i)
       mine[128 * i] = {o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]};
-    mine[128 * (kQuarter)] = {max_[0], max_[1], sum_[0], sum_[1]};
-    __threadfence();
+    for (int r = 0; r < 2; ++r) sum_[r] = quad_sum(sum_[r]);
+    mine[128 * kQuarter] = {max_[0], max_[1], sum_[0], sum_[1]};
+    merge += group_ * kMergeBytes;
+    const uint32_t tops = merge + 64 * 16;
     meet_all();
-    // How many were there, from one thread to all, in shared memory.
-    if (thread == 0 && (group_ == 0 || !together))
-      store_shared(scratch, atomicAdd(task_.done + 2 * at.item + group_, 1));
+    if (thread == 0 && (group_ == 0 || !together)) {
+      const uint32_t shares = claim_shares(at);
+      store_shared(tops, shares);
+      if (together) store_shared(tops + kMergeBytes, shares);
+    }
     meet_all();
-    const auto others_done = __float_as_int(load_shared2(scratch).x);
-    meet_all();
-    if (others_done < task_.splits - 1) return false;
-    __threadfence();
-    // All in their order, so that the result does not depend on who came last.
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) o[i] = 0;
-#pragma unroll
+    uint32_t shares = load_shared(tops);
+    meet(1 + group_, 128);
+    if (!shares) return kNothing;
+    Share result = kOthers;
     for (int r = 0; r < 2; ++r) max_[r] = -1e30f, sum_[r] = 0;
 #pragma unroll 1
-    for (int split = 0; split < task_.splits; ++split) {
-      const float4* const from = place_of(split);
-      const float4 state = __ldcg(from + 128 * (kQuarter));
-      const float others[2] = {state.x, state.y}, sums[2] = {state.z, state.w};
-      float ours[2], theirs[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float most = fmaxf(max_[r], others[r]);
-        ours[r] = exp2_fast(max_[r] - most), theirs[r] = exp2_fast(others[r] - most);
-        max_[r] = most;
-        sum_[r] = sum_[r] * ours[r] + sums[r] * theirs[r];
+    for (; shares; shares &= shares - 1) {
+      const int share = __ffs(shares) - 1;
+      const int first = 32 * share / splits, units = 32 * (share + 1) / splits - first;
+      // What a split's sums of a unit are multiplied by: a thread each.
+      const int unit = thread / splits, split = thread % splits;
+      float4 state = {};
+      if (unit < units) {
+        state = __ldcg(all + split * kNext + 128 * kQuarter + 4 * (first + unit));
+        store_shared4(merge + 16 * thread, {__float_as_uint(state.x), __float_as_uint(state.y)});
       }
-#pragma unroll
-      for (int i = 0; i < kQuarter; ++i) {
-        const float4 x = __ldcg(from + 128 * i);
-        o[4 * i] = o[4 * i] * ours[0] + x.x * theirs[0];
-        o[4 * i + 1] = o[4 * i + 1] * ours[0] + x.y * theirs[0];
-        o[4 * i + 2] = o[4 * i + 2] * ours[1] + x.z * theirs[1];
-        o[4 * i + 3] = o[4 * i + 3] * ours[1] + x.w * theirs[1];
+      meet(1 + group_, 128);
+      float top[2] = {-1e30f, -1e30f};
+      if (unit < units)
+        for (int i = 0; i < splits; ++i) {
+          const float2 other = load_shared2(merge + 16 * (unit * splits + i));
+          top[0] = fmaxf(top[0], other.x), top[1] = fmaxf(top[1], other.y);
+        }
+      meet(1 + group_, 128);
+      if (unit < units) {
+        const float factor[2] = {exp2_fast(state.x - top[0]), exp2_fast(state.y - top[1])};
+        store_shared4(merge + 16 * thread,
+                      {__float_as_uint(factor[0]), __float_as_uint(factor[1]),
+                       __float_as_uint(state.z * factor[0]), __float_as_uint(state.w * factor[1])});
+        if (split == 0) {
+          store_shared(tops + 8 * unit, __float_as_uint(top[0]));
+          store_shared(tops + 8 * unit + 4, __float_as_uint(top[1]));
+        }
       }
+      meet(1 + group_, 128);
+#pragma unroll 1
+      for (int e = thread; e < 4 * units * kQuarter; e += 128) {
+        const int i = e / (4 * units), place = e % (4 * units);
+        float4* const from = all + 128 * i + 4 * first + place;
+        const uint32_t factors = merge + 16 * (place / 4 * splits);
+        float4 sum = {};
+#pragma unroll 1
+        for (int s = 0; s < splits; s += kBatch) {
+          float4 x[kBatch];
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) x[k] = __ldcg(from + min(s + k, splits - 1) * kNext);
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) {
+            if (s + k >= splits) break;
+            const float2 factor = load_shared2(factors + 16 * (s + k));
+            sum.x = fmaf(x[k].x, factor.x, sum.x), sum.y = fmaf(x[k].y, factor.x, sum.y);
+            sum.z = fmaf(x[k].z, factor.y, sum.z), sum.w = fmaf(x[k].w, factor.y, sum.w);
+          }
+        }
+        *from = sum;
+      }
+      if (const int own = thread / 4 - first; own >= 0 && own < units) {
+        result = kOwn;
+        const float2 maxima = load_shared2(tops + 8 * own);
+        max_[0] = maxima.x, max_[1] = maxima.y;
+        if (t_ == 0)
+          for (int i = 0; i < splits; ++i) {
+            const float2 sum = load_shared2(merge + 16 * (own * splits + i) + 8);
+            sum_[0] += sum.x, sum_[1] += sum.y;
+          }
+      }
+      meet(1 + group_, 128);
     }
-    return true;
+#pragma unroll
+    for (int i = 0; i < kQuarter; ++i) {
+      float4 x = {};
+      if (result == kOwn) x = __ldcg(all + 128 * i + thread);
+      o[4 * i] = x.x, o[4 * i + 1] = x.y, o[4 * i + 2] = x.z, o[4 * i + 3] = x.w;
+    }
+    return result;
+  }
+
+  // Counts this split, and waits until all are counted. Returns the shares of the rows that are
+  // this block's to add up, a bit each: its own, and if it is the last, those of blocks that have
+  // given up waiting. Normally all blocks run at once and none does; but other work may hold
+  // multiprocessors.
+  __device__ uint32_t claim_shares(const RowTile& at) const {
+    const uint32_t own = 1u << at.split, splits = at.splits;
+    wait_for_previous_kernel();  // which zeroed the count
+    unsigned long long* const count = task_.done + 2 * at.item + group_;
+    __threadfence();
+    unsigned long long seen = atomicAdd(count, 1);
+    if (static_cast<uint32_t>(seen) == splits - 1) {
+      __threadfence();
+      return own | static_cast<uint32_t>(seen >> 32);
+    }
+    const int64_t start = clock64();
+    while (static_cast<uint32_t>(*static_cast<volatile unsigned long long*>(count)) < splits) {
+      if (clock64() - start <= task_.patience) continue;
+      seen = atomicOr(count, static_cast<unsigned long long>(own) << 32);
+      if (static_cast<uint32_t>(seen) < splits) return 0;
+      break;
+    }
+    __threadfence();
+    return own;
   }
 
   // Where the thread's two rows go (null: nowhere), what brings sums to fp16, and the product of
@@ -316,7 +415,7 @@ class PrefillRows {
     uint16_t* out[2];
     float down[2], scale[2];
   };
-  __device__ Result finish(const RowTile& at, const float (&most)[2],
+  __device__ Result finish(const RowTile& at, Share share, const float (&most)[2],
                            const float (&sums)[2]) const {
     const AttentionProblem& p = task_.problem;
     const float of_values = __uint_as_float(norm_exponent(p.v_norms, at) << 23) * level_;
@@ -327,7 +426,7 @@ class PrefillRows {
       const uint32_t exponent = min(max(__float_as_uint(most[r]) >> 23, 20u), 240u);
       result.down[r] = __uint_as_float((254 + 8 - exponent) << 23);
       const int row = at.first_row + row_in_tile_ + 8 * r;
-      if (row >= rows()) continue;
+      if (row >= rows() || share != kOwn) continue;
       const int token = row / task_.group, head = at.h * task_.group + row - token * task_.group;
       result.out[r] = const_cast<uint16_t*>(row_of(p.out, at, row));
       float own = 1, sum = sums[r], top = max_[r];
@@ -382,6 +481,7 @@ class PrefillRows {
   int group_, g_, t_, row_in_tile_;  // warpgroup; lane / 4, % 4
   int end_[2];
   float factor_[2], max_[2], sum_[2];  // sum_: of the thread's own keys
+  bool far_ = false;                   // norms come beside the tile
 };
 
 #endif

@@ -36,7 +36,8 @@ struct WideShape {
   static constexpr int kBarriers = kWeights + 2 * 64 * 128;
   static constexpr int kRow = kBarriers + 2 * kPlaces * 16;  // [group][64] numbers of rows
   static constexpr int kNorms = kRow + 2 * 64 * 4;           // of four pairs
-  static constexpr int kBytes = kNorms + 4 * 2 * norm_bytes_of(D);
+  static constexpr int kMerge = kNorms + 4 * 2 * norm_bytes_of(D);
+  static constexpr int kBytes = kMerge + 2 * kMergeBytes;
   static_assert(kBytes <= 227 * 1024);
 };
 
@@ -55,7 +56,7 @@ class WidePrefill : PrefillRows<512> {
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2 * S::kPlaces; ++i) {
         barrier_init(block.full(i / S::kPlaces, i), 1);
-        barrier_init(block.free(i / S::kPlaces, i), 1);
+        barrier_init(block.free(i / S::kPlaces, i), 128);  // of the group
       }
       barrier_init_fence();
     }
@@ -95,9 +96,9 @@ class WidePrefill : PrefillRows<512> {
     int of[2];
   };
   // The pair before tile j; there is none if its first tile lies before at.begin.
-  static __device__ Pair pair_before(const RowTile& at, int j) {
-    const int first = at.last_seen(j - 1);
-    return {{first, at.last_seen(max(first, at.begin) - 1)}};
+  __device__ Pair pair_before(const RowTile& at, int j) const {
+    const int first = last_seen(at, j - 1);
+    return {{first, last_seen(at, max(first, at.begin) - 1)}};
   }
 
   // -------------------------------------------------------------------- those who bring images
@@ -163,15 +164,15 @@ class WidePrefill : PrefillRows<512> {
     for (int i = 0; find_rows(i, &at); ++i) {
       rotate_query(at);
       attend(at);
-      if (task_.splits == 1 || add_splits(at, o_, weights_, true))
-        store(at);
+      Share share = kOwn;
+      if (at.splits > 1) share = add_splits(at, o_, shared_ + S::kMerge, true);
+      if (share != kNothing)
+        store(at, share);
       else
         pass(2 * rotation_images(D));
     }
   }
-  __device__ void release(uint32_t n) const {
-    if (threadIdx.x % 128 == 0) barrier_arrive(free(group_, n));
-  }
+  __device__ void release(uint32_t n) const { release_to(free(group_, n), far_); }
   // Places that are of no use. All warps meet, since nobody may be two rounds behind.
   __device__ void pass(int places) {
     for (int i = 0; i < places; ++i) {
@@ -205,11 +206,13 @@ class WidePrefill : PrefillRows<512> {
     }
     uint32_t a[D / 16][4];
     meet_other();  // what was there has been read
-    load_query(at, query_, a);
+    fetch_query(at, query_, t_ + 4 * group_, 8);
+    meet_other();
+    read_query(query_, a);
     const Lengths lengths = normalise(a, task_.problem.query.dtype);
     float scale[2];
     find_factors(at, lengths, scale);
-    meet_other();  // both have loaded the same
+    meet_other();  // both have read it
 #pragma unroll 1
     for (int k = group_; k < rotation_images(D); k += 2) {
       float y[kKeys / 2];
@@ -285,15 +288,18 @@ class WidePrefill : PrefillRows<512> {
     wgmma_wait<0>(s);
     release(next_ + kUnits - 1);
     next_ += kUnits;
+    look_for_far(norms(pair_, group_));
     soften_pair(at, pair.of[group_], s, [] {});
     write_weights(s);
 #pragma unroll 1
     while ((pair = pair_before(at, pair.of[1])).of[0] >= at.begin) {
       multiply_keys(s);
       next_ += kUnits;
+      const bool far_before = far_;
+      look_for_far(norms(pair_, group_));
       multiply_part(0);
       wgmma_wait<1>(s);
-      release(next_ - 1);
+      release_to(free(group_, next_ - 1), far_before);
       multiply_part(1);
       const Growth grow = soften_pair(at, pair.of[group_], s, [&] {
         multiply_part(2);
@@ -323,8 +329,7 @@ class WidePrefill : PrefillRows<512> {
   template <class Meanwhile>
   __device__ Growth soften_pair(const RowTile& at, int j, float (&s)[kKeys / 2],
                                 Meanwhile meanwhile) {
-    const uint32_t norms = this->norms(pair_++, group_);
-    return soften(at, j, load_flags(norms), norms, s, [&](float (&most)[2]) {
+    return soften(at, j, norms(pair_++, group_), s, [&](float (&most)[2]) {
       meanwhile();
       const float2 other = exchange_rows(most[0], most[1]);
       most[0] = fmaxf(most[0], other.x), most[1] = fmaxf(most[1], other.y);
@@ -341,7 +346,7 @@ class WidePrefill : PrefillRows<512> {
   }
 
   // out = Πᵀ · O / l.
-  __device__ void store(const RowTile& at) {
+  __device__ void store(const RowTile& at, Share share) {
     float most[2] = {}, sum[2];
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], fabsf(o_[i]));
@@ -351,7 +356,7 @@ class WidePrefill : PrefillRows<512> {
     const float2 other_sum = exchange_rows(sum[0], sum[1]);
     most[0] = fmaxf(most[0], other_most.x), most[1] = fmaxf(most[1], other_most.y);
     sum[0] += other_sum.x, sum[1] += other_sum.y;
-    const auto result = finish(at, most, sum);
+    const auto result = finish(at, share, most, sum);
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll

@@ -93,9 +93,8 @@ void bulk_stores_wait();
 inline void copy16_async(uint32_t to, const void* from, int bytes) {
   emu::copy_async(to, from, 16, bytes < 0 ? 16 : bytes > 16 ? 0 : 16 - bytes);
 }
-template <int kBytes>
-void copy_async(uint32_t to, const void* from, bool all) {
-  emu::copy_async(to, from, kBytes, all ? 0 : kBytes);
+inline void copy8_async(uint32_t to, const void* from, bool all) {
+  emu::copy_async(to, from, 8, all ? 0 : 8);
 }
 inline void copies_commit() { emu::copies_commit(); }
 template <int kPending>

@@ -219,11 +219,9 @@ __device__ inline void copy16_async(uint32_t to, const void* from, int bytes) {
                : "memory");
 }
 
-// The same for kBytes, 8 or 16: all or zeros.
-template <int kBytes>
-__device__ inline void copy_async(uint32_t to, const void* from, bool all) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
-               "r"(all ? kBytes : 0)
+// The same for 8 bytes, which go through the L1: all of them, or zeros.
+__device__ inline void copy8_async(uint32_t to, const void* from, bool all) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(all ? 8 : 0)
                : "memory");
 }
 

@@ -400,6 +400,19 @@ __device__ void take_registers() {
 __device__ inline void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+// The same, and whether x is true for one of them.
+__device__ inline bool meet_any(int number, int threads, bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred mine, any;\n"
+      "setp.ne.u32 mine, %3, 0;\n"
+      "bar.red.or.pred any, %1, %2, mine;\n"
+      "selp.u32 %0, 1, 0, any;\n}"
+      : "=r"(any)
+      : "r"(number), "r"(threads), "r"(static_cast<uint32_t>(x))
+      : "memory");
+  return any;
+}
 #endif
 
 }  // namespace tq::cuda

@@ -1,0 +1,45 @@
+// Which kernel attends, and how its work is cut: pure functions of sizes, measured on an H200
+// (benchmarks/results/h200.csv, "sweep").
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace tq::cuda {
+
+// Query rows of a KV head from which on the prefill kernels are faster than the decode kernels, for
+// so many keys in all KV heads together. Prefill is paid for once, in 10 to 40 µs, and for each
+// tile of 64 or 128 rows; decode reads everything again for each 32 rows or fewer, but its reading
+// is faster. At D = 256 one warpgroup makes all of the fused kernel's images, at D = 512 there is
+// none.
+constexpr int64_t least_prefill_rows(int64_t D, int64_t keys) {
+  const bool few = keys <= 65536;
+  if (D == 512) return few ? 96 : 192;
+  if (D == 256) return keys < 16384 ? 512 : 256;
+  return few && D <= 128 ? 17 : 64;
+}
+
+// Tiles of rows from which on images are expanded once for all of them, and not made anew by each.
+constexpr int64_t least_expanded_tiles(int64_t D) { return D == 512 ? 1 : 6; }
+
+// So many KV heads at a time, if there is room for `room`: all rounds are about equal.
+TQ_HOST_DEVICE constexpr int64_t heads_of_round(int64_t heads, int64_t room) {
+  const int64_t rounds = (heads + room - 1) / room;
+  return (heads + rounds - 1) / rounds;
+}
+
+// Tiles of keys that blocks have at least, where several share a tile of rows; and how many are not
+// shared, for adding up takes as long as several tiles.
+constexpr int kLeastSplit = 2;
+TQ_HOST_DEVICE constexpr int unsplit_tiles(int D) { return D <= 128 ? 6 : 12; }
+
+// Blocks that share the `tiles` of keys of a tile of rows, at most: they fill the device once.
+constexpr int64_t prefill_splits(int64_t row_tiles, int64_t tiles, int64_t multiprocessors) {
+  constexpr int64_t kMost = 32;  // bits of a word (prefill_rows.cuh, claim_shares)
+  const int64_t useful = (tiles + kLeastSplit - 1) / kLeastSplit;
+  return std::clamp(std::min(multiprocessors / row_tiles, useful), int64_t{1}, kMost);
+}
+
+}  // namespace tq::cuda
