@@ -88,3 +88,12 @@ def two_threads(one_thread: None) -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[0, 3000])
+def impatient(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Blocks that wait for others no longer than this many clocks, then leave it to others."""
+    before = torch.ops.turboquant._cuda_patience()
+    torch.ops.turboquant._cuda_patience(request.param)
+    yield
+    torch.ops.turboquant._cuda_patience(before)

@@ -104,6 +104,30 @@ def attention_cases(dim: int) -> Iterator[Case]:
     yield case("no keys", query[:1], random_cache(1, 2, 0, dim, seed=17))
 
 
+def prefill_cases(dim: int) -> Iterator[Case]:
+    """Rows enough for the prefill kernels, fused and expanded, with keys in one block or split."""
+    if dim not in DIMS:
+        return
+    for Lq, L, dtype in [(40, 700, torch.float16), (140, 1700, torch.bfloat16),
+                         (210, 900, torch.bfloat16), (450, 500, torch.float16)]:  # fmt: skip
+        query, cache = (
+            randn(1, 8, Lq, dim, seed=18, dtype=dtype),
+            random_cache(1, 2, L, dim, seed=19),
+        )
+        length = torch.tensor([L - 77])
+        shape = f"tq4_attention {Lq} over {L} {dtype}"
+        yield shape, ops.tq4_attention, (query, *cache.args), {"mask_is_causal": True}
+        options: dict[str, Any] = {"kv_len": length, "kv_start": length // 3, "softcap": 3.0}
+        yield f"{shape}, softcap", ops.tq4_attention, (query, *cache.args), options
+        mask = torch.rand(1, 1, Lq, L, generator=oracles.generator(20)) < 0.7
+        mask[..., 300:600] = False
+        yield f"{shape}, mask", ops.tq4_sdpa, (query, *cache.args), {"attn_mask": mask}
+        cache.v_norms[:, :, ::5] *= 1e-5
+        cache.k_norms[:, :, ::7] *= 1e-5
+        options = {"sinks": randn(8, seed=21)}
+        yield f"{shape}, norms apart", ops.tq4_attention, (query, *cache.args), options
+
+
 def close(got: Any, want: Any) -> bool:
     """Floats to a few roundings; packed bytes but for the codes that lie near a boundary."""
     pairs = zip(got, want) if isinstance(want, tuple) else [(got, want)]
@@ -133,7 +157,7 @@ def run(dims: list[int], quiet: bool) -> None:
     torch.ops.turboquant._cuda_patience(1 << 50)
     count, wrong = 0, []
     for dim in dims:
-        for cases in (codec_cases, update_cases, attention_cases):
+        for cases in (codec_cases, update_cases, attention_cases, prefill_cases):
             for name, op, args, kwargs in cases(dim):
                 name = f"D{dim} {name}"
                 if not quiet:

@@ -171,15 +171,6 @@ def test_kv_start_alone(dim: int) -> None:
 # ----------------------------------------------------------------------------- blocks that give up
 
 
-@pytest.fixture(params=[0, 3000])
-def impatient(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Blocks that wait for others no longer than this many clocks, then do their work too."""
-    before = torch.ops.turboquant._cuda_patience()
-    torch.ops.turboquant._cuda_patience(request.param)
-    yield
-    torch.ops.turboquant._cuda_patience(before)
-
-
 @pytest.mark.parametrize("dim", DIMS)
 def test_blocks_that_give_up_waiting(impatient: None, dim: int) -> None:
     cache, query = gpu_cache(1, 2, 9000, dim, seed=25), gpu_randn(1, 8, 1, dim, seed=26)

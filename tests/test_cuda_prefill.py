@@ -58,6 +58,22 @@ def test_groups(dim: int, Hq: int, Hkv: int, Lq: int) -> None:
 
 
 @pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("Lq", [70, 130, 300])
+def test_blocks_that_give_up_waiting(impatient: None, dim: int, Lq: int) -> None:
+    """Few rows, whose keys are split: the last block has more to add up, in the same order."""
+    cache, query = gpu_cache(1, 3, 9000, dim, seed=25), gpu_randn(1, 12, Lq, dim, seed=26)
+    patience = torch.ops.turboquant._cuda_patience()
+    got = [ops.tq4_attention(query, *cache.args, mask_is_causal=True) for _ in range(3)]
+    torch.ops.turboquant._cuda_patience(1 << 40)
+    want = ops.tq4_attention(query, *cache.args, mask_is_causal=True)
+    torch.ops.turboquant._cuda_patience(patience)
+    assert_rows(want[0], exact(query, cache, causal=True))
+    for one in got:
+        assert identical(one[0], want[0])
+        assert identical(one[1], want[1])
+
+
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("Lq", [200, 515])
 def test_ragged_lengths_and_starts(dim: int, Lq: int) -> None:
     """A batch of empty, tiny and long rows, NaN in all that is unseen."""
