@@ -17,7 +17,7 @@ namespace tq::cuda {
 constexpr int64_t least_prefill_rows(int64_t D, int64_t keys) {
   const bool few = keys <= 65536;
   if (D == 512) return few ? 96 : 192;
-  if (D == 256) return keys < 16384 ? 512 : 256;
+  if (D == 256) return keys < 16384 ? 257 : 192;
   return few && D <= 128 ? 17 : 64;
 }
 

@@ -61,9 +61,9 @@ class Prefill : PrefillRows<D> {
   using Base = PrefillRows<D>;
   using Base::add_splits, Base::end_of, Base::find_factors, Base::find_rows, Base::finish;
   using Base::end_, Base::factor_, Base::g_, Base::group_, Base::level_, Base::max_;
-  using Base::far_, Base::fetch_query, Base::look_for_far, Base::read_query, Base::piece_at,
-      Base::write_result, Base::make_weights, Base::row_of, Base::rows;
-  using Base::last_seen;
+  using Base::far_, Base::fetch_query, Base::load_flag, Base::look_for_far, Base::read_query,
+      Base::piece_at, Base::write_result, Base::make_weights, Base::row_of, Base::rows;
+  using Base::last_seen, Base::release_to;
   using Base::round_, Base::row_in_tile_, Base::shared_, Base::sum_, Base::t_, Base::task_;
   using typename Base::Growth;
   using typename Base::Share;
@@ -240,7 +240,7 @@ class Prefill : PrefillRows<D> {
       release(image_++);
     }
   }
-  __device__ void release(uint32_t n) const { Base::release_to(free(n), far_); }
+  __device__ void release(uint32_t n) const { release_to(free(n)); }
 
   // q̂ of this warpgroup's rows to shared memory, and what makes products with it scores.
   __device__ void rotate_query(const RowTile& at) {
@@ -297,17 +297,21 @@ class Prefill : PrefillRows<D> {
     multiply_keys(s, image_);
     wgmma_wait<0>(s);
     release(image_);
-    look_for_far(norms(tile_));
+    far_ = kFused ? look_for_far(norms(tile_)) : __any_sync(~0u, load_flag(at, j));
     soften(at, j, s);
     make_weights(s, weights);
 #pragma unroll 1
     while ((j = last_seen(at, j - 1)) >= at.begin) {
-      const bool far_before = far_;
+      // Whether norms come beside is found out while the tensor cores have enough to do.
+      bool far;
+      uint32_t flag;
+      if (!kFused) flag = load_flag(at, j);
       multiply_keys(s, image_ + 2);
-      look_for_far(norms(tile_));  // the tensor cores have enough to do meanwhile
+      if (kFused) far = look_for_far(norms(tile_));
       multiply_values(weights, image_ + 1);
       wgmma_wait<1>(s);
-      Base::release_to(free(image_ + 2), far_before);
+      release(image_ + 2);
+      far_ = kFused ? far : __any_sync(~0u, flag);
       image_ += 2;
       const Growth grow = soften(at, j, s);
       wgmma_wait<0>(o_);

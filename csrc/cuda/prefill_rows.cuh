@@ -136,18 +136,26 @@ class PrefillRows {
     __device__ explicit Flags(uint32_t norms) { load_words(of, norms); }
     __device__ bool any() const { return of[0] | of[1] | of[2] | of[3]; }
   };
-  // Looks whether any do, of keys or values. One thread does for its warpgroup, so that none other
-  // reads a place that will be written again, and arrives on barriers for all (release_to).
-  __device__ void look_for_far(uint32_t norms) {
+  // Whether any do, of keys or values. Only one thread of a warpgroup reads a place that will be
+  // written again, for it arrives on barriers for the others (release_to).
+  __device__ bool look_for_far(uint32_t norms) const {
     bool any = false;
     if (threadIdx.x % 128 == 0)
       any = Flags(norms).any() || Flags(norms + key_norm_bytes_of(D)).any();
-    far_ = meet_any(1 + group_, 128, any);
+    return meet_any(1 + group_, 128, any);
+  }
+  // The same of an expanded tile, which need not meet: each lane has one of the flags.
+  __device__ uint32_t load_flag(const RowTile& at, int j) const {
+    const int i = threadIdx.x % 8;
+    const char* const tile =
+        task_.tiles + (static_cast<int64_t>(at.slot) * round_.tiles + j) * tile_bytes_of(D);
+    const char* const norms = tile + 2 * image_bytes_of(D) + i / 4 * key_norm_bytes_of(D);
+    return __ldcg(reinterpret_cast<const uint32_t*>(norms) + i % 4);
   }
   // Arrives on the barrier of a place that is free again, for 128: each thread, if all have read
   // norms.
-  __device__ void release_to(uint32_t barrier, bool each) const {
-    if (each)
+  __device__ void release_to(uint32_t barrier) const {
+    if (far_)
       barrier_arrive(barrier);
     else if (threadIdx.x % 128 == 0)
       barrier_arrive(barrier, 128);
@@ -481,7 +489,7 @@ class PrefillRows {
   int group_, g_, t_, row_in_tile_;  // warpgroup; lane / 4, % 4
   int end_[2];
   float factor_[2], max_[2], sum_[2];  // sum_: of the thread's own keys
-  bool far_ = false;                   // norms come beside the tile
+  bool far_ = false;                   // norms come beside the latest tile
 };
 
 #endif

@@ -172,7 +172,7 @@ class WidePrefill : PrefillRows<512> {
         pass(2 * rotation_images(D));
     }
   }
-  __device__ void release(uint32_t n) const { release_to(free(group_, n), far_); }
+  __device__ void release(uint32_t n) const { release_to(free(group_, n)); }
   // Places that are of no use. All warps meet, since nobody may be two rounds behind.
   __device__ void pass(int places) {
     for (int i = 0; i < places; ++i) {
@@ -288,18 +288,18 @@ class WidePrefill : PrefillRows<512> {
     wgmma_wait<0>(s);
     release(next_ + kUnits - 1);
     next_ += kUnits;
-    look_for_far(norms(pair_, group_));
+    far_ = __any_sync(~0u, load_flag(at, max(pair.of[group_], at.begin)));
     soften_pair(at, pair.of[group_], s, [] {});
     write_weights(s);
 #pragma unroll 1
     while ((pair = pair_before(at, pair.of[1])).of[0] >= at.begin) {
+      const uint32_t flag = load_flag(at, max(pair.of[group_], at.begin));
       multiply_keys(s);
       next_ += kUnits;
-      const bool far_before = far_;
-      look_for_far(norms(pair_, group_));
       multiply_part(0);
       wgmma_wait<1>(s);
-      release_to(free(group_, next_ - 1), far_before);
+      release(next_ - 1);
+      far_ = __any_sync(~0u, flag);
       multiply_part(1);
       const Growth grow = soften_pair(at, pair.of[group_], s, [&] {
         multiply_part(2);
