@@ -130,7 +130,7 @@ def test_chunks_are_the_whole(dim: int) -> None:
 def test_more_heads_than_fit_into_the_workspace(dim: int) -> None:
     """In rounds; how many heads each takes is up to the lengths."""
     L = 400_000 * 64 // dim
-    cache, query = gpu_cache(1, 8, L, dim, seed=10), gpu_randn(1, 8, 400, dim, seed=11)
+    cache, query = gpu_cache(1, 8, L, dim, seed=10), gpu_randn(1, 8, 800, dim, seed=11)
     for n in (L, L // 3, 5000, 17):
         filled = cache.map(lambda t: t[:, :, :n])  # noqa: B023
         got = ops.tq4_sdpa(query, *cache.args, kv_len=ints(n), mask_is_causal=True)
@@ -156,6 +156,19 @@ def test_few_row_tiles_and_many_keys(dim: int, Hq: int, Hkv: int, Lq: int) -> No
         for _ in range(3):  # whichever block is the last
             got = ops.tq4_sdpa(query, *cache.args, kv_len=ints(n), mask_is_causal=True)
             assert_rows(got, exact(query, filled, causal=True))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("Lq", [20, 140])
+def test_options_where_keys_are_split(dim: int, Lq: int) -> None:
+    cache = random_cache(1, 2, 1800, dim, seed=31)
+    dense, query = (cache.k(), cache.v()), randn(1, 8, Lq, dim, seed=32, dtype=torch.bfloat16)
+    mask = torch.rand(1, 1, Lq, 1800, generator=oracles.generator(33)) < 0.6
+    mask[..., 500:1100] = False  # all that some blocks have
+    check(CUDA, query, cache, dense=dense, attn_mask=mask)
+    options = {"kv_start": torch.tensor([400]), "kv_len": torch.tensor([1701]), "softcap": 2.0}
+    check(CUDA, query, cache, dense=dense, sinks=randn(8, seed=34), **options)
+    check(CUDA, query, cache, dense=dense, mask_is_causal=True, kv_len=torch.tensor([900]))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -286,15 +299,26 @@ def test_queries_of_all_sizes_side_by_side(dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_a_graph_follows_the_growing_context(dim: int) -> None:
-    cache, query = gpu_cache(2, 4, 3001, dim, seed=26), gpu_randn(2, 16, 200, dim, seed=27)
+@pytest.mark.parametrize("Lq", [80, 200])
+def test_a_graph_follows_the_growing_context(dim: int, Lq: int) -> None:
+    """Fused, and expanded."""
+    cache, query = gpu_cache(2, 4, 3001, dim, seed=26), gpu_randn(2, 16, Lq, dim, seed=27)
     assert_a_graph_follows(query, cache, (1, 199, 200, 201, 1000, 0, 3001, 77))
 
 
-@pytest.mark.parametrize(("Hq", "Hkv", "dim"), [(16, 2, 256), (32, 4, 512), (32, 8, 128)])
-def test_memory_is_bounded(Hq: int, Hkv: int, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("B", "Hq", "Hkv", "dim", "Lq", "L"),
+    [
+        (1, 16, 2, 256, 4096, 131072),
+        (1, 32, 4, 512, 4096, 131072),
+        (1, 32, 8, 128, 4096, 131072),
+        (8, 32, 8, 128, 192, 32768),
+        (16, 32, 4, 512, 32, 16384),
+    ],
+)
+def test_memory_is_bounded(B: int, Hq: int, Hkv: int, dim: int, Lq: int, L: int) -> None:
     """Beyond the result at most 256 MB, whatever the context."""
-    query, cache = gpu_randn(1, Hq, 4096, dim, seed=28), gpu_cache(1, Hkv, 131072, dim, seed=29)
+    query, cache = gpu_randn(B, Hq, Lq, dim, seed=28), gpu_cache(B, Hkv, L, dim, seed=29)
     ops.tq4_sdpa(query, *cache.args, kv_len=ints(1), mask_is_causal=True)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -29,7 +29,8 @@ int64_t prefill_workspace(const AttentionProblem& problem, int multiprocessors);
 cudaError_t launch_prefill(const AttentionProblem& problem, void* workspace, int multiprocessors,
                            cudaStream_t stream);
 
-// Clocks that a decode block waits for others before it does their work too. Tests change it.
+// Clocks that a block of the attention kernels waits for others before their work is done without
+// them. Tests change it.
 extern std::atomic<int64_t> patience;
 
 // Attention of any shape. The workspace is bounded: its size does not depend on Lkv.

@@ -35,7 +35,8 @@ TQ_HOST_DEVICE constexpr int64_t heads_of_round(int64_t heads, int64_t room) {
 constexpr int kLeastSplit = 2;
 TQ_HOST_DEVICE constexpr int unsplit_tiles(int D) { return D <= 128 ? 6 : 12; }
 
-// Blocks that share the `tiles` of keys of a tile of rows, at most: they fill the device once.
+// Blocks that share the `tiles` of keys of a tile of rows, at most: where there are so many row
+// tiles at a time, in all heads, they fill the device once.
 constexpr int64_t prefill_splits(int64_t row_tiles, int64_t tiles, int64_t multiprocessors) {
   constexpr int64_t kMost = 32;  // bits of a word (prefill_rows.cuh, claim_shares)
   const int64_t useful = (tiles + kLeastSplit - 1) / kLeastSplit;

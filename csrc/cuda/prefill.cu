@@ -48,10 +48,12 @@ int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
   task->splits = static_cast<int>(prefill_splits(task->row_tiles * (each ? each : task->heads()),
                                                  tiles_of(p), multiprocessors));
   if (task->splits > 1) {
-    const int64_t parts = 2 * int64_t{task->row_tiles} * task->heads();
-    task->done = reinterpret_cast<unsigned long long*>(take(parts * int64_t{sizeof(int64_t)}));
-    task->partials = reinterpret_cast<float4*>(
-        take(parts * task->splits * partial_words_of(D) * int64_t{sizeof(float4)}));
+    const int64_t items = int64_t{task->row_tiles} * task->heads();
+    task->done = reinterpret_cast<unsigned long long*>(take(2 * items * int64_t{sizeof(int64_t)}));
+    // All that are split run at once.
+    const int64_t parts = std::min<int64_t>(items * task->splits, multiprocessors);
+    task->partials =
+        reinterpret_cast<float4*>(take(2 * parts * partial_words_of(D) * int64_t{sizeof(float4)}));
   }
   return size;
 }
@@ -62,8 +64,10 @@ bool is_prefill(const AttentionProblem& p) {
   const int architecture = compiled_for();
   const int64_t rows = p.Hq / p.Hkv * p.Lq, load = p.D % 32 == 0 ? 16 : 8;
   const int64_t least = least_prefill_rows(p.D, p.B * p.Hkv * p.Lkv);
+  constexpr int64_t kGrid = 65535;  // look_at_mask
   return architecture >= 90 && architecture < 100 && tuned_dim(p.D) &&
-         (p.D <= 256 || expanded_heads(p) > 0) && rows >= least && rows * p.B * p.Hkv < 1 << 30 &&
+         (p.D <= 256 || expanded_heads(p) > 0) && rows >= least &&
+         (!p.mask || (row_tiles_of(p) <= kGrid && p.B <= kGrid)) && rows * p.B * p.Hkv < 1 << 30 &&
          p.Lkv < int64_t{1} << 30 && p.query.dtype != Dtype::f32 && aligned_rows(p.query, 2, 16) &&
          aligned_rows(p.out, 2, 16) && aligned_rows(p.k_packed, 1, load) &&
          aligned_rows(p.v_packed, 1, load) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0;

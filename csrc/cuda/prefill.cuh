@@ -31,8 +31,8 @@ struct PrefillShape {
   // former need more than 512 threads would leave, and one warpgroup makes all images.
   static constexpr bool kTwoMake = kFused && D <= 192;
   static constexpr int kThreads = kTwoMake ? 512 : 384;
-  // On an image: of the thread that copies it, or of all threads that make images, where those that
-  // make values' count twice on these.
+  // On an image: of the thread that copies it, or of all threads that make images: half of them for
+  // keys, and with the norms of values the other half; values' makers count twice on their own.
   static constexpr int kArrivals = !kFused ? 1 : kThreads - 256;
   static constexpr int kGiven = kTwoMake ? (D <= 64 ? 72 : D == 128 ? 48 : 64) : kFused ? 56 : 40;
   static constexpr int kUsed = kTwoMake ? 256 - kGiven : kFused ? 224 : 232;
@@ -45,8 +45,8 @@ struct PrefillShape {
   static constexpr int kStages = kTable + (kFused ? LevelTable::kBytes : 0);
   static constexpr int kStage = ImageMaker<D, false>::kStageBytes;
   static constexpr int kBarriers = kStages + (kFused ? 2 * kStage : 0);
-  // Norms of four tiles. One place is used again when there is one for the image four images later,
-  // at least, and by then it has been read.
+  // Norms of four tiles. Those of tile m are written when the keys of m - 3 (or later) have been
+  // used, and their products come after the softmax of m - 4.
   static constexpr int kNorms = kBarriers + 2 * 8 * kImages;
   static constexpr int kMerge = kNorms + 4 * norm_bytes_of(D);
   static constexpr int kBytes = kMerge + 2 * kMergeBytes;
@@ -86,7 +86,7 @@ class Prefill : PrefillRows<D> {
     // What came before the kernels of this call is done, since the first of them has waited for it.
     // Of these, only the rotation's images are needed, and a count (claim_shares); or more.
     if (!kFused || task.sights) wait_for_previous_kernel();
-    block.round_ = kFused ? PrefillTask::Round{0, task.heads(), 0} : task.find_round();
+    block.round_ = kFused ? PrefillTask::Round{0, task.heads(), 0, task.splits} : task.find_round();
     if (threadIdx.x < 256) {
       take_registers<S::kUsed>();
       block.consume();
@@ -165,6 +165,7 @@ class Prefill : PrefillRows<D> {
       n += rotation_images(D);
     }
   }
+
   __device__ void copy_images() const {
     uint32_t n = 0, m = 0;
     RowTile at;

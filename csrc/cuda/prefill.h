@@ -64,15 +64,16 @@ struct PrefillTask {
   // last of them has to add up besides its own. Zero at first.
   unsigned long long* done;
   int64_t patience;  // clocks that a block waits for others
-  // [KV head][row tile][split][warpgroup]: sums as the threads hold them (prefill.cuh).
+  // [KV head of the round][row tile][split][warpgroup]: sums as the threads hold them
+  // (prefill.cuh).
   float4* partials;
 
   TQ_HOST_DEVICE int heads() const { return static_cast<int>(problem.B * problem.Hkv); }
 
-  // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each. Kernels
-  // that ask have a block for each multiprocessor.
+  // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each, and the
+  // blocks that share a row tile of them. Kernels that ask have a block for each multiprocessor.
   struct Round {
-    int first, heads, tiles;
+    int first, heads, tiles, splits;
   };
   __device__ Round find_round() const {
     int64_t longest = 1;
@@ -80,11 +81,14 @@ struct PrefillTask {
     for (int b = 0; b < (ragged ? static_cast<int>(problem.B) : 1); ++b)
       longest = max(longest, problem.length(b));
     const int needed = static_cast<int>((longest + keys - 1) / keys);
+    const int parts = needed <= unsplit_tiles(static_cast<int>(problem.D))
+                          ? 1
+                          : min(splits, (needed + kLeastSplit - 1) / kLeastSplit);
     int each = static_cast<int>(heads_of_round(heads(), max(capacity / needed, 1)));
     // Of split row tiles all parts run at once.
-    if (splits > 1) each = min(each, static_cast<int>(gridDim.x) / (row_tiles * splits));
+    if (parts > 1) each = min(each, static_cast<int>(gridDim.x) / (row_tiles * parts));
     const int first = static_cast<int>(min(int64_t{round} * each, int64_t{heads()}));
-    return {first, min(each, heads() - first), needed};
+    return {first, min(each, heads() - first), needed, parts};
   }
 };
 

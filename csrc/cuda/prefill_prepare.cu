@@ -17,7 +17,6 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
   if (task.splits > 1)
     for (int i = thread; i < 2 * task.row_tiles * task.heads(); i += threads) task.done[i] = 0;
-  if (thread >= rotation_images(D) * kImage / 16) return;
   const int image = thread / (kImage / 16), slab = thread / (kKeys * 8) % slabs_of(D);
   const int row = thread / 8 % kKeys, column = 64 * slab + 8 * ((thread ^ row) & 7);
   const int i = image * kKeys + row;

@@ -8,7 +8,7 @@ namespace tq::cuda {
 
 // One tile of rows, and the tiles of keys that it sees, as all warps of a block find it.
 struct RowTile : KeyRange {
-  int slot, item;             // of the round's KV heads; of all row tiles
+  int slot, item, part;       // of the round's KV heads; of all row tiles; of the round's
   int split, splits;          // of the row tile's keys
   int first_row, begin, end;  // of the KV head's; tiles of keys
   const Sight* sights;        // of each tile, if there is a mask
@@ -37,13 +37,14 @@ class PrefillRows {
     const AttentionProblem& p = task_.problem;
     // Back and forth, for each tile has fewer keys than the one before.
     int i = n * gridDim.x + (n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    if (i >= round_.heads * task_.row_tiles * task_.splits) return false;
-    at->split = i % task_.splits, i /= task_.splits;
+    if (i >= round_.heads * task_.row_tiles * round_.splits) return false;
+    at->split = i % round_.splits, i /= round_.splits;
     at->slot = i % round_.heads;
     const int head = round_.first + at->slot, heads = static_cast<int>(p.Hkv);
     static_cast<KeyRange&>(*at) = KeyRange(p, head / heads, head % heads);
     const int row_tile = task_.row_tiles - 1 - i / round_.heads;
     at->item = head * task_.row_tiles + row_tile;
+    at->part = at->slot * task_.row_tiles + row_tile;
     at->first_row = row_tile * prefill_rows(D);
     if (task_.sights)
       at->sights =
@@ -56,7 +57,7 @@ class PrefillRows {
     const int tiles = at->end - at->begin;
     const int each = tiles <= unsplit_tiles(D)
                          ? max(tiles, 1)
-                         : max((tiles + task_.splits - 1) / task_.splits, kLeastSplit);
+                         : max((tiles + round_.splits - 1) / round_.splits, kLeastSplit);
     at->splits = max((tiles + each - 1) / each, 1);
     at->begin += at->split * each;
     at->end = min(at->begin + each, at->end);
@@ -203,7 +204,7 @@ class PrefillRows {
       s[i] = exp2_fast(fmaf(s[i], factor[i / 2 % 2], -max_[i / 2 % 2]));
       sum[i / 2 % 2 + i % 2 * 2] += s[i];
     }
-    if (far_) [[unlikely]] {
+    if (far_) [[unlikely]] {  // again, without the sizes of values
       const Flags far(of_values);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] = 0;
@@ -298,7 +299,7 @@ class PrefillRows {
     const auto meet_all = [&] { together ? meet(3, 256) : meet(1 + group_, 128); };
     float4* const all =
         task_.partials +
-        (static_cast<int64_t>(at.item) * task_.splits * 2 + group_) * partial_words_of(D);
+        (static_cast<int64_t>(at.part) * round_.splits * 2 + group_) * partial_words_of(D);
     float4* const mine = all + at.split * kNext + thread;
 #pragma unroll
     for (int i = 0; i < kQuarter; ++i)
@@ -314,7 +315,7 @@ class PrefillRows {
       if (together) store_shared(tops + kMergeBytes, shares);
     }
     meet_all();
-    uint32_t shares = load_shared(tops);
+    uint32_t shares = __float_as_uint(load_shared2(tops).x);
     meet(1 + group_, 128);
     if (!shares) return kNothing;
     Share result = kOthers;
@@ -397,7 +398,7 @@ class PrefillRows {
   // multiprocessors.
   __device__ uint32_t claim_shares(const RowTile& at) const {
     const uint32_t own = 1u << at.split, splits = at.splits;
-    wait_for_previous_kernel();  // which zeroed the count
+    wait_for_previous_kernel();  // the count is zero
     unsigned long long* const count = task_.done + 2 * at.item + group_;
     __threadfence();
     unsigned long long seen = atomicAdd(count, 1);

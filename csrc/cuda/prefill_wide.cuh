@@ -136,7 +136,7 @@ class WidePrefill : PrefillRows<512> {
   // An image's slabs, and the norms of its tile with the first.
   __device__ void copy_keys(int group, uint32_t* n, const char* image, const char* from,
                             uint32_t norms) const {
-    for (int i = 0; i < S::kImage / S::kPlace; ++i, ++*n) {
+    for (int i = 0; i < kUnits; ++i, ++*n) {
       const bool with_norms = from && i == 0;
       await(group, *n, S::kPlace + (with_norms ? norm_bytes_of(D) : 0));
       if (with_norms) copy_operand(norms, from, norm_bytes_of(D), full(group, *n));
