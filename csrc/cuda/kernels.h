@@ -18,12 +18,13 @@ int64_t decompress_workspace(const DecompressProblem& problem);  // bytes
 cudaError_t launch_decompress(const DecompressProblem& problem, void* workspace,
                               cudaStream_t stream);
 
-// Attention: the decode kernels (decode.h) where they fit, else the general one.
+// Attention: the prefill kernels where they fit, or the decode kernels (decode.h), else the general
+// one.
 int64_t attention_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
 cudaError_t launch_attention(const AttentionProblem& problem, void* workspace, int multiprocessors,
                              cudaStream_t stream);
 
-// Attention of many query rows on Hopper (prefill.h); where it fits.
+// Attention of many query rows on Hopper (prefill.h), and whether it fits and is faster (plan.h).
 bool is_prefill(const AttentionProblem& problem);
 int64_t prefill_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
 cudaError_t launch_prefill(const AttentionProblem& problem, void* workspace, int multiprocessors,

@@ -117,7 +117,7 @@ class Prefill : PrefillRows<D> {
   // would wait for what they fetch.
   __device__ void wait_full(uint32_t n) const {
     barrier_wait(full(n), n / S::kImages & 1);
-    if (kFused) fence_before_copies();
+    if (kFused) fence_for_async();
   }
   __device__ void wait_free(uint32_t n) const { barrier_wait(free(n), (n / S::kImages + 1) & 1); }
   // Norms of tile m of all.
@@ -280,7 +280,7 @@ class Prefill : PrefillRows<D> {
           store_shared(piece_at(query_, row, piece) + 4 * t_, pair);
         }
     }
-    fence_before_copies();
+    fence_for_async();
     meet(1 + group_, 128);
   }
 

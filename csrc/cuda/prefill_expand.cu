@@ -52,7 +52,7 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared) {
     maker.take_norms(norms);
     maker.make(image, more ? j + 1 : j);
     fetched = more ? i + 1 : -1;
-    fence_before_copies();
+    fence_for_async();
     meet(1 + team, 128);
     if (leads) {
       char* const tile = task.tiles + static_cast<int64_t>(i) * tile_bytes_of(D);

@@ -216,7 +216,7 @@ class WidePrefill : PrefillRows<512> {
 #pragma unroll 1
     for (int k = group_; k < rotation_images(D); k += 2) {
       float y[kKeys / 2];
-      multiply(y, [&](int i, Operand b) { Wgmma<kKeys>::template run<false>(y, a[i], b, i > 0); });
+      multiply([&](int i, Operand b) { Wgmma<kKeys>::template run<false>(y, a[i], b, i > 0); });
       wgmma_wait<0>(y);
       release(next_ + kUnits - 1);
       next_ += kUnits;
@@ -228,14 +228,14 @@ class WidePrefill : PrefillRows<512> {
                      y[4 * j + 2 * r + 1] * scale[r]);
         }
     }
-    fence_before_copies();
+    fence_for_async();
     meet_other();
   }
 
   // Products with the image of keys in the next places, all of which but the last become free:
   // run(step, operand).
   template <class Run>
-  __device__ void multiply(float (&)[kKeys / 2], Run run) const {
+  __device__ void multiply(Run run) const {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       const Operand b = describe_swizzled(uniform(place(group_, next_ + k)), 1024, 0);
@@ -253,7 +253,7 @@ class WidePrefill : PrefillRows<512> {
   // Starts S = q̂ · Kᵀ.
   __device__ void multiply_keys(float (&s)[kKeys / 2]) const {
     const Operand a = describe_swizzled(uniform(query_), 1024, 0);
-    multiply(s, [&](int i, Operand b) {
+    multiply([&](int i, Operand b) {
       Wgmma<kKeys>::run(s, a.behind(i / 4 * S::kSlab + i % 4 * 32), b, i > 0);
     });
   }
@@ -341,7 +341,7 @@ class WidePrefill : PrefillRows<512> {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         write_pair(weights_ + group_ * S::kSlab, r, j, s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
-    fence_before_copies();
+    fence_for_async();
     meet_other();
   }
 
@@ -363,7 +363,7 @@ class WidePrefill : PrefillRows<512> {
       for (int r = 0; r < 2; ++r)
         write_pair(query_ + (group_ * (kColumns / 64) + j / 8) * S::kSlab, r, j % 8,
                    o_[4 * j + 2 * r] * result.down[r], o_[4 * j + 2 * r + 1] * result.down[r]);
-    fence_before_copies();
+    fence_for_async();
     meet_other();
 #pragma unroll 1
     for (int k = 0; k < 2 * rotation_images(D); ++k) {

@@ -106,7 +106,7 @@ inline void allow_next_kernel() {}
 inline void prefetch(const void*) {}
 inline void wait_for_previous_kernel() {}
 
-inline void fence_before_copies() {}
+inline void fence_for_async() {}
 
 inline float4 load_word(const float4* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) emu::error("load_word: %p is not aligned to 16", p);

@@ -172,8 +172,9 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   } while (!done);
 }
 
-// Orders this thread's own accesses to shared memory before later bulk copies into it.
-__device__ inline void fence_before_copies() {
+// Orders accesses to shared memory, this thread's own and those that it has learned of by a
+// barrier, before later ones of the asynchronous kind: bulk copies and the products of wgmma.
+__device__ inline void fence_for_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -188,7 +189,7 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
 }
 
 // The other way, in groups that complete in order: `bulk_stores_wait` until no more than kPending
-// still read shared memory. fence_before_copies() and a barrier come before.
+// still read shared memory. fence_for_async() and a barrier come before.
 __device__ inline void store_bulk(void* to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
@@ -206,7 +207,7 @@ __device__ void barrier_init(uint32_t barrier, uint32_t arrivals);
 __device__ void barrier_init_fence();
 __device__ void barrier_expect(uint32_t barrier, uint32_t bytes);
 __device__ void barrier_wait(uint32_t barrier, uint32_t parity);
-__device__ void fence_before_copies();
+__device__ void fence_for_async();
 __device__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 #endif
 

@@ -36,7 +36,7 @@ class Ring {
   }
 
   // Before slots that were used otherwise are filled again, by all threads that used them.
-  static __device__ void reuse() { fence_before_copies(); }
+  static __device__ void reuse() { fence_for_async(); }
 
   // Starts to fill slot `slot` with the first `count` positions of a unit, if any; the norms of the
   // others become zero. Slots are filled in the order in which they are waited for. Every lane has
