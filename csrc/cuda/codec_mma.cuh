@@ -14,35 +14,10 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "device/ptx.cuh"
 
 namespace tq::cuda {
-
-// c += a · b of 8 columns of a, m16n8k8: `low` rows g, `high` rows g + 8 of a; b column g.
-template <class T>
-__device__ void mma_k8(float (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
-  if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(low), "r"(high), "r"(b));
-  else
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(low), "r"(high), "r"(b));
-}
-
-// Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l says where row l % 8 of matrix
-// l / 8 lies.
-__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(row)
-               : "memory");
-}
 
 // Where row n, column k of b lies, in bytes.
 template <int K>
@@ -108,11 +83,6 @@ __device__ void finish(float (&y)[kY]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < kY; ++i) asm volatile("" : "+f"(y[i]));  // not read before
-}
-
-__device__ inline void barrier_arrive(uint32_t barrier, uint32_t times = 1) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
-               : "memory");
 }
 
 // Bytes of b to shared memory, counted on a barrier. All blocks read them, over and over: they

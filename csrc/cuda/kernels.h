@@ -24,7 +24,7 @@ int64_t attention_workspace(const AttentionProblem& problem, int multiprocessors
 cudaError_t launch_attention(const AttentionProblem& problem, void* workspace, int multiprocessors,
                              cudaStream_t stream);
 
-// Attention of many query rows on Hopper (prefill.h), and whether it fits and is faster (plan.h).
+// Attention of many query rows (prefill.h), and whether it fits and is faster (plan.h).
 bool is_prefill(const AttentionProblem& problem);
 int64_t prefill_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes
 cudaError_t launch_prefill(const AttentionProblem& problem, void* workspace, int multiprocessors,
@@ -33,6 +33,8 @@ cudaError_t launch_prefill(const AttentionProblem& problem, void* workspace, int
 // Clocks that a block of the attention kernels waits for others before their work is done without
 // them. Tests change it.
 extern std::atomic<int64_t> patience;
+// Bytes of the workspace for images of keys and values (prefill.h), at most. Tests change it.
+extern std::atomic<int64_t> prefill_images;
 
 // Attention of any shape. The workspace is bounded: its size does not depend on Lkv.
 int64_t general_workspace(const AttentionProblem& problem, int multiprocessors);  // bytes

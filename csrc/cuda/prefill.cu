@@ -6,8 +6,6 @@
 namespace tq::cuda {
 namespace {
 
-constexpr int64_t kImages = int64_t{192} << 20;  // bytes of the workspace, at most
-
 int64_t tiles_of(const AttentionProblem& p) {
   const int keys = prefill_keys(static_cast<int>(p.D));
   return std::max<int64_t>((p.Lkv + keys - 1) / keys, 1);
@@ -18,9 +16,9 @@ int64_t row_tiles_of(const AttentionProblem& p) {
 }
 
 // KV heads of a round, whose images the workspace has room for; 0: fused.
-int64_t expanded_heads(const AttentionProblem& p) {
-  const int64_t room = kImages / tile_bytes_of(static_cast<int>(p.D)) / tiles_of(p);
-  if (room == 0 || row_tiles_of(p) < least_expanded_tiles(p.D)) return 0;
+int64_t expanded_heads(const AttentionProblem& p, PrefillKind kind) {
+  const int64_t room = prefill_images / tile_bytes_of(static_cast<int>(p.D)) / tiles_of(p);
+  if (room == 0 || row_tiles_of(p) < least_expanded_tiles(kind, p.D)) return 0;
   return heads_of_round(p.B * p.Hkv, room);
 }
 
@@ -34,24 +32,27 @@ int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
     size += (bytes + 127) / 128 * 128;
     return part;
   };
+  task->kind = prefill_kind(compiled_for());
+  task->blocks =
+      multiprocessors * (task->kind == PrefillKind::hopper ? 1 : portable_prefill_blocks(D));
   task->rotation = take(int64_t{rotation_images(D)} * image_bytes_of(D));
   task->group = static_cast<int>(p.Hq / p.Hkv);
   task->row_tiles = static_cast<int>(row_tiles_of(p));
   task->keys = prefill_keys(D);
-  const int64_t each = expanded_heads(p);
+  const int64_t each = expanded_heads(p, task->kind);
   task->capacity = static_cast<int>(each * tiles_of(p));
   if (each) task->tiles = take(int64_t{task->capacity} * tile_bytes_of(D));
   task->key_tiles = static_cast<int>(tiles_of(p));
   if (p.mask)
     task->sights = reinterpret_cast<Sight*>(
         take((p.mask.stride[0] ? p.B : 1) * row_tiles_of(p) * tiles_of(p)));
-  task->splits = static_cast<int>(prefill_splits(task->row_tiles * (each ? each : task->heads()),
-                                                 tiles_of(p), multiprocessors));
+  task->splits = static_cast<int>(
+      prefill_splits(task->row_tiles * (each ? each : task->heads()), tiles_of(p), task->blocks));
   if (task->splits > 1) {
     const int64_t items = int64_t{task->row_tiles} * task->heads();
     task->done = reinterpret_cast<unsigned long long*>(take(2 * items * int64_t{sizeof(int64_t)}));
     // All that are split run at once.
-    const int64_t parts = std::min<int64_t>(items * task->splits, multiprocessors);
+    const int64_t parts = std::min<int64_t>(items * task->splits, task->blocks);
     task->partials =
         reinterpret_cast<float4*>(take(2 * parts * partial_words_of(D) * int64_t{sizeof(float4)}));
   }
@@ -60,13 +61,15 @@ int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
 
 }  // namespace
 
+std::atomic<int64_t> prefill_images = int64_t{192} << 20;
+
 bool is_prefill(const AttentionProblem& p) {
-  const int architecture = compiled_for();
+  const PrefillKind kind = prefill_kind(compiled_for());
   const int64_t rows = p.Hq / p.Hkv * p.Lq, load = p.D % 32 == 0 ? 16 : 8;
-  const int64_t least = least_prefill_rows(p.D, p.B * p.Hkv * p.Lkv);
+  const int64_t least = least_prefill_rows(kind, p.D, p.B * p.Hkv * p.Lkv);
   constexpr int64_t kGrid = 65535;  // look_at_mask
-  return architecture >= 90 && architecture < 100 && tuned_dim(p.D) &&
-         (p.D <= 256 || expanded_heads(p) > 0) && rows >= least &&
+  return kind != PrefillKind::none && tuned_dim(p.D) &&
+         (has_fused(kind, p.D) || expanded_heads(p, kind) > 0) && rows >= least &&
          (!p.mask || (row_tiles_of(p) <= kGrid && p.B <= kGrid)) && rows * p.B * p.Hkv < 1 << 30 &&
          p.Lkv < int64_t{1} << 30 && p.query.dtype != Dtype::f32 && aligned_rows(p.query, 2, 16) &&
          aligned_rows(p.out, 2, 16) && aligned_rows(p.k_packed, 1, load) &&
@@ -85,12 +88,15 @@ cudaError_t launch_prefill(const AttentionProblem& p, void* workspace, int multi
   task.problem = p;
   task.patience = patience;
   lay_out(&task, static_cast<char*>(workspace), multiprocessors);
-  const int64_t heads = task.heads(), each = task.capacity ? expanded_heads(p) : heads;
+  const int64_t heads = task.heads(), each = task.capacity ? expanded_heads(p, task.kind) : heads;
   cudaError_t error = launch_prepare_prefill(task, stream);
   for (; task.round * each < heads && error == cudaSuccess; ++task.round) {
     if (task.capacity) error = launch_expand(task, stream);
     if (error != cudaSuccess) break;
-    error = for_tuned_dim(p.D, [&](auto dim) { return launch_prefill_dim<dim>(task, stream); });
+    error = for_tuned_dim(p.D, [&](auto dim) {
+      return task.kind == PrefillKind::hopper ? launch_prefill_dim<dim>(task, stream)
+                                              : launch_portable_prefill<dim>(task, stream);
+    });
   }
   return error;
 }

@@ -61,10 +61,11 @@ class Prefill : PrefillRows<D> {
   using Base = PrefillRows<D>;
   using Base::add_splits, Base::end_of, Base::find_factors, Base::find_rows, Base::finish;
   using Base::end_, Base::factor_, Base::g_, Base::group_, Base::level_, Base::max_;
-  using Base::far_, Base::fetch_query, Base::load_flag, Base::look_for_far, Base::read_query,
-      Base::piece_at, Base::write_result, Base::make_weights, Base::row_of, Base::rows;
+  using Base::far_, Base::fetch_query, Base::load_flag, Base::read_query, Base::piece_at,
+      Base::write_result, Base::make_weights, Base::row_of, Base::rows;
   using Base::last_seen, Base::release_to;
   using Base::round_, Base::row_in_tile_, Base::shared_, Base::sum_, Base::t_, Base::task_;
+  using typename Base::Flags;
   using typename Base::Growth;
   using typename Base::Share;
   static constexpr int kSteps = D / 16, kKeys = S::kKeys;
@@ -329,6 +330,14 @@ class Prefill : PrefillRows<D> {
     image_ += 2;
   }
 
+  // Whether norms come beside a tile, of keys or values. Only one thread of a warpgroup reads a
+  // place that will be written again, for it arrives on barriers for the others (release_to).
+  __device__ bool look_for_far(uint32_t norms) const {
+    bool any = false;
+    if (threadIdx.x % 128 == 0)
+      any = Flags(norms).any() || Flags(norms + key_norm_bytes_of(D)).any();
+    return meet_any(1 + group_, 128, any);
+  }
   __device__ Growth soften(const RowTile& at, int j, float (&s)[kKeys / 2]) {
     return Base::soften(at, j, norms(tile_++), s, [](float (&)[2]) {});
   }

@@ -1,9 +1,11 @@
-// Attention of many query rows on Hopper: what its kernels are told, and the memory they share.
+// Attention of many query rows: what its kernels are told, and the memory they share.
 //
 // The tensor cores multiply tiles of fp16 keys and values, which lie in shared memory as "images"
-// (device/wgmma.cuh, swizzled). prefill_images.cuh makes them of compressed ones, prefill.cuh
-// multiplies. Two ways:
-//   fused     warps of the same block make the images: for few rows, each tile is used few times
+// (device/wgmma.cuh, swizzled). prefill_images.cuh makes them of compressed ones. On Hopper
+// prefill.cuh multiplies, or prefill_wide.cuh at D = 512; elsewhere, from sm_80 on,
+// prefill_portable.cuh. Two ways:
+//   fused     warps of the same block make the images: for few rows, each tile is used few times;
+//             on Hopper, up to D = 256
 //   expanded  a kernel before (prefill_expand.cu) writes the images of as many KV heads as fit
 //             into the workspace, a round; how many that are is found on the device, from the
 //             lengths there
@@ -49,6 +51,17 @@ TQ_HOST_DEVICE constexpr int rotation_images(int D) {
 // What a mask shows a tile of rows of a tile of keys.
 enum Sight : uint8_t { kSome, kNone, kAll };
 
+// There are two kinds of these kernels: Hopper's, and portable ones that do with the 99 KB of
+// shared memory that each block may have elsewhere. Compiled for an architecture, one of them is
+// empty.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool kHopperHere = true;
+#else
+inline constexpr bool kHopperHere = false;
+#endif
+// Blocks of the portable kernel that a multiprocessor runs at once: as many as registers allow.
+TQ_HOST_DEVICE constexpr int portable_prefill_blocks(int D) { return D == 64 ? 2 : 1; }
+
 struct PrefillTask {
   AttentionProblem problem;
   char* rotation;  // images
@@ -67,11 +80,13 @@ struct PrefillTask {
   // [KV head of the round][row tile][split][warpgroup]: sums as the threads hold them
   // (prefill.cuh).
   float4* partials;
+  PrefillKind kind;
+  int blocks;  // that attend at once
 
   TQ_HOST_DEVICE int heads() const { return static_cast<int>(problem.B * problem.Hkv); }
 
   // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each, and the
-  // blocks that share a row tile of them. Kernels that ask have a block for each multiprocessor.
+  // blocks that share a row tile of them.
   struct Round {
     int first, heads, tiles, splits;
   };
@@ -86,7 +101,7 @@ struct PrefillTask {
                           : min(splits, (needed + kLeastSplit - 1) / kLeastSplit);
     int each = static_cast<int>(heads_of_round(heads(), max(capacity / needed, 1)));
     // Of split row tiles all parts run at once.
-    if (parts > 1) each = min(each, static_cast<int>(gridDim.x) / (row_tiles * parts));
+    if (parts > 1) each = min(each, blocks / (row_tiles * parts));
     const int first = static_cast<int>(min(int64_t{round} * each, int64_t{heads()}));
     return {first, min(each, heads() - first), needed, parts};
   }
@@ -100,5 +115,7 @@ cudaError_t launch_prepare_prefill(const PrefillTask&, cudaStream_t);
 cudaError_t launch_expand(const PrefillTask&, cudaStream_t);
 template <int D>
 cudaError_t launch_prefill_dim(const PrefillTask&, cudaStream_t);
+template <int D>
+cudaError_t launch_portable_prefill(const PrefillTask&, cudaStream_t);
 
 }  // namespace tq::cuda

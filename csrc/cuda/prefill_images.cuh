@@ -93,12 +93,13 @@ class ImageMaker {
     place_ = Piece(0).place();
   }
 
-  __device__ void start(const KeyRange& keys) {
+  // From a column on, if an image has but some of them.
+  __device__ void start(const KeyRange& keys, int column = 0) {
     start_ = keys.start, length_ = keys.length;
     const View& packed = kValues ? p_.v_packed : p_.k_packed;
     const Piece piece(0);
     from_ = static_cast<const uint8_t*>(packed.data) +
-            offset_of(packed, keys.b, keys.h, piece.row) + 4 * kWords * piece.number;
+            offset_of(packed, keys.b, keys.h, piece.row) + column / 2 + 4 * kWords * piece.number;
     const View& v = norms();
     exponent_ = norm_exponent(v, keys);
     norms_from_ =

@@ -61,12 +61,13 @@ __global__ void __launch_bounds__(kThreads) look_at_mask(const __grid_constant__
 cudaError_t launch_prepare_prefill(const PrefillTask& task, cudaStream_t stream) {
   const cudaError_t error = for_tuned_dim(task.problem.D, [&](auto dim) {
     constexpr int kBlocks = rotation_images(dim) * image_bytes_of(dim) / 16 / kThreads;
-    return launch(prepare_prefill<dim>, kBlocks, kThreads, 0, stream, task, true);
+    return launch(prepare_prefill<dim>, kBlocks, kThreads, 0, stream, task,
+                  task.kind == PrefillKind::hopper);
   });
   if (error != cudaSuccess || !task.sights) return error;
   const dim3 tiles((task.key_tiles + kThreads / 32 - 1) / (kThreads / 32), task.row_tiles,
                    task.problem.mask.stride[0] ? static_cast<unsigned>(task.problem.B) : 1);
-  return launch(look_at_mask, tiles, kThreads, 0, stream, task, true);
+  return launch(look_at_mask, tiles, kThreads, 0, stream, task, task.kind == PrefillKind::hopper);
 }
 
 }  // namespace tq::cuda

@@ -1,5 +1,7 @@
-// What the prefill kernels on Hopper share: which rows a block takes and which keys they see, and
-// the softmax of a warpgroup's 64 rows and a tile of keys.
+// What the prefill kernels share: which rows a block takes and which keys they see, the softmax of
+// a warp's 16 rows and a tile of keys, the sums of splits, and the ways of queries and results.
+// Four warps are a group, on Hopper a warpgroup; thread (g, t) = (lane / 4, lane % 4) has rows g
+// and g + 8 of its warp's, and columns 8 j + 2 t and 8 j + 2 t + 1, as products leave them.
 #pragma once
 
 #include "prefill_images.cuh"
@@ -14,20 +16,19 @@ struct RowTile : KeyRange {
   const Sight* sights;        // of each tile, if there is a mask
 };
 
-// Shared memory of a warpgroup for adding up splits.
+// Shared memory of a group for adding up splits.
 constexpr int kMergeBytes = 64 * 16 + 16 * 8;
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-template <int D>
+// kParts: a tile of keys is multiplied in so many parts.
+template <int D, int kParts = 1>
 class PrefillRows {
  protected:
-  static constexpr int kKeys = prefill_keys(D);
+  static constexpr int kKeys = prefill_keys(D), kPart = kKeys / kParts, kQuarters = 4 / kParts;
 
   __device__ PrefillRows(const PrefillTask& task, char* memory)
       : task_(task), shared_(shared_address(memory)) {}
@@ -131,21 +132,17 @@ class PrefillRows {
     float of[2];
   };
 
-  // Of the quarters of a tile: whether norms come beside.
+  // Of the quarters of a tile that are in a part: whether norms come beside.
   struct Flags {
-    uint32_t of[4];
-    __device__ explicit Flags(uint32_t norms) { load_words(of, norms); }
-    __device__ bool any() const { return of[0] | of[1] | of[2] | of[3]; }
+    uint32_t of[kQuarters];
+    __device__ explicit Flags(uint32_t norms, int part = 0) {
+      load_words(of, norms + part % kParts * (4 * kQuarters));
+    }
+    __device__ bool any() const {
+      return of[0] | of[1 % kQuarters] | of[2 % kQuarters] | of[3 % kQuarters];
+    }
   };
-  // Whether any do, of keys or values. Only one thread of a warpgroup reads a place that will be
-  // written again, for it arrives on barriers for the others (release_to).
-  __device__ bool look_for_far(uint32_t norms) const {
-    bool any = false;
-    if (threadIdx.x % 128 == 0)
-      any = Flags(norms).any() || Flags(norms + key_norm_bytes_of(D)).any();
-    return meet_any(1 + group_, 128, any);
-  }
-  // The same of an expanded tile, which need not meet: each lane has one of the flags.
+  // Of an expanded tile, from the workspace: each lane has one of the flags of keys and values.
   __device__ uint32_t load_flag(const RowTile& at, int j) const {
     const int i = threadIdx.x % 8;
     const char* const tile =
@@ -153,8 +150,8 @@ class PrefillRows {
     const char* const norms = tile + 2 * image_bytes_of(D) + i / 4 * key_norm_bytes_of(D);
     return __ldcg(reinterpret_cast<const uint32_t*>(norms) + i % 4);
   }
-  // Arrives on the barrier of a place that is free again, for 128: each thread, if all have read
-  // norms.
+  // Arrives on the barrier of a place that is free again (Hopper's rings), for 128: each thread, if
+  // all have read norms.
   __device__ void release_to(uint32_t barrier) const {
     if (far_)
       barrier_arrive(barrier);
@@ -162,33 +159,35 @@ class PrefillRows {
       barrier_arrive(barrier, 128);
   }
 
-  // Scores of tile j to weights (times values' norms, where they come beside), relative to the
-  // maximum. `agree` may raise the tile's own maxima of both rows, known to all lanes.
+  // Scores of part `part` of all tiles' to weights (times values' norms, where they come beside),
+  // relative to the maximum. `agree` may raise the part's own maxima of both rows, known to all
+  // lanes.
   template <class Agree>
-  __device__ Growth soften(const RowTile& at, int j, uint32_t norms, float (&s)[kKeys / 2],
+  __device__ Growth soften(const RowTile& at, int part, uint32_t norms, float (&s)[kPart / 2],
                            Agree agree) {
-    const uint32_t of_values = norms + key_norm_bytes_of(D);
-    const int first = j * kKeys;
-    const bool all_seen = first >= at.start && first + kKeys <= min(end_[0], end_[1]) &&
-                          (!task_.sights || at.sights[j] == kAll);
+    const uint32_t of_values = norms + key_norm_bytes_of(D),
+                   each = 16 + part % kParts * (4 * kPart);
+    const int first = part * kPart;
+    const bool all_seen = first >= at.start && first + kPart <= min(end_[0], end_[1]) &&
+                          (!task_.sights || at.sights[part / kParts] == kAll);
     float factor[2] = {factor_[0], factor_[1]};
     // One branch over all that is rare.
     const bool softcap = task_.problem.softcap != 0;
     if (!__all_sync(~0u, all_seen && !far_ && !softcap)) [[unlikely]] {
-      if (far_) for_far(Flags(norms), norms + 16, [&](int i, float norm) { s[i] *= norm; });
+      if (far_) for_far(Flags(norms, part), norms + each, [&](int i, float norm) { s[i] *= norm; });
       if (softcap) cap(s, factor);
       if (far_) {
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) s[i] *= factor[i / 2 % 2];
+        for (int i = 0; i < kPart / 2; ++i) s[i] *= factor[i / 2 % 2];
         factor[0] = factor[1] = 1;
-        for_far(Flags(of_values), of_values + 16, [&](int i, float log) { s[i] += log; });
+        for_far(Flags(of_values, part), of_values + each, [&](int i, float log) { s[i] += log; });
       }
       if (!__all_sync(~0u, all_seen)) hide(at, first, s);
     }
 
     float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
+    for (int i = 0; i < kPart / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
     for (int r = 0; r < 2; ++r) most[r] = quad_max(most[r]) * factor[r];
     agree(most);
     Growth grow;
@@ -200,17 +199,17 @@ class PrefillRows {
     }
     float sum[4] = {};  // even keys of two rows, then odd ones
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
+    for (int i = 0; i < kPart / 2; ++i) {
       s[i] = exp2_fast(fmaf(s[i], factor[i / 2 % 2], -max_[i / 2 % 2]));
       sum[i / 2 % 2 + i % 2 * 2] += s[i];
     }
     if (far_) [[unlikely]] {  // again, without the sizes of values
-      const Flags far(of_values);
+      const Flags far(of_values, part);
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[k] = 0;
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) sum[i / 2 % 2] += far.of[i / (kKeys / 8)] ? 0 : s[i];
-      for_far(far, of_values + 16 + 4 * kKeys,
+      for (int i = 0; i < kPart / 2; ++i) sum[i / 2 % 2] += far.of[i / (kKeys / 8)] ? 0 : s[i];
+      for_far(far, of_values + each + 4 * kKeys,
               [&](int i, float inverse) { sum[i / 2 % 2] = fmaf(s[i], inverse, sum[i / 2 % 2]); });
     }
     for (int r = 0; r < 2; ++r) sum_[r] = fmaf(sum_[r], grow.of[r], sum[r] + sum[r + 2]);
@@ -221,7 +220,7 @@ class PrefillRows {
   template <class F>
   __device__ void for_far(const Flags& far, uint32_t each, F f) const {
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
       if (!far.of[quarter]) continue;
 #pragma unroll
       for (int i = quarter * (kKeys / 32); i < (quarter + 1) * (kKeys / 32); ++i) {
@@ -234,27 +233,27 @@ class PrefillRows {
 
   // softcap · tanh(score / softcap), in log2 units: tanh z = 1 - 2 / (1 + exp 2z). The factors are
   // used up.
-  __device__ void cap(float (&s)[kKeys / 2], float (&factor)[2]) const {
+  __device__ void cap(float (&s)[kPart / 2], float (&factor)[2]) const {
     const float softcap = task_.problem.softcap, inverse = 2 / softcap;
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i)
+    for (int i = 0; i < kPart / 2; ++i)
       s[i] = softcap * kLog2e *
              (1 - __fdividef(2, 1 + exp2_fast(s[i] * (factor[i / 2 % 2] * inverse))));
     factor[0] = factor[1] = 1;
   }
 
   // -inf for keys that a row does not see, whatever they are.
-  __device__ void hide(const RowTile& at, int first, float (&s)[kKeys / 2]) const {
-    uint32_t seen[2];  // bit 2 i + k: key 8 i + 2 t + k of the tile
+  __device__ void hide(const RowTile& at, int first, float (&s)[kPart / 2]) const {
+    uint32_t seen[2];  // bit 2 i + k: key first + 8 i + 2 t + k
     for (int r = 0; r < 2; ++r) {
       seen[r] = keys_below(end_[r] - first) & ~keys_below(at.start - first);
       if (task_.problem.mask) seen[r] &= mask_bits(at, row_in_tile_ + 8 * r, first);
     }
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i)
+    for (int i = 0; i < kPart / 2; ++i)
       if (!(seen[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) s[i] = -INFINITY;
   }
-  // Those of the thread's keys that are among the first n of a tile.
+  // Those of the thread's keys that are among the first n of a part.
   __device__ uint32_t keys_below(int n) const {
     const auto first = [](int bits) { return bits <= 0 ? 0 : bits >= 32 ? ~0u : (1u << bits) - 1; };
     const int mine = n - 2 * t_;
@@ -266,26 +265,26 @@ class PrefillRows {
     const bool* const from = static_cast<const bool*>(mask.data) + offset_of(mask, at.b, 0, token);
     uint32_t bits = 0;
 #pragma unroll 4
-    for (int i = 0; i < kKeys / 4; ++i) {
+    for (int i = 0; i < kPart / 4; ++i) {
       const int key = first + i / 2 * 8 + 2 * t_ + i % 2;
       if (key >= at.start && key < at.length && from[key * mask.stride[3]]) bits |= 1u << i;
     }
     return bits;
   }
 
-  static __device__ void make_weights(const float (&s)[kKeys / 2],
-                                      uint32_t (&weights)[kKeys / 16][4]) {
+  static __device__ void make_weights(const float (&s)[kPart / 2],
+                                      uint32_t (&weights)[kPart / 16][4]) {
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i)
+    for (int i = 0; i < kPart / 16; ++i)
 #pragma unroll
       for (int k = 0; k < 4; ++k) weights[i][k] = half_pair(s[8 * i + 2 * k], s[8 * i + 2 * k + 1]);
   }
 
   // Writes this split's sums, waits for the others', and adds up those of its share of the rows.
-  // Returns kNothing where there is none to store for the warpgroup, kOthers where the thread's
-  // rows are not among them and its sums are 0, kOwn where they are those of all splits. `merge`:
-  // shared memory, for each warpgroup states of 64 units and splits, and maxima of 16 units.
-  // `together`: both warpgroups have the same rows.
+  // Returns kNothing where there is none to store for the group, kOthers where the thread's rows
+  // are not among them and its sums are 0, kOwn where they are those of all splits. `merge`: shared
+  // memory, for each group states of 64 units and splits, and maxima of 16 units. `together`: both
+  // groups have the same share, for their rows are the same, or neither can go on alone.
   //
   // A unit is a quad's two rows. Their sums lie in pieces of 64 bytes, as the quad wrote them. Each
   // float4 is added up by a thread, which fetches those of all splits at once, and goes where that
@@ -407,7 +406,7 @@ class PrefillRows {
       return own | static_cast<uint32_t>(seen >> 32);
     }
     const int64_t start = clock64();
-    while (static_cast<uint32_t>(*static_cast<volatile unsigned long long*>(count)) < splits) {
+    while (static_cast<uint32_t>(load_anew(count)) < splits) {
       if (clock64() - start <= task_.patience) continue;
       seen = atomicOr(count, static_cast<unsigned long long>(own) << 32);
       if (static_cast<uint32_t>(seen) < splits) return 0;
@@ -487,12 +486,10 @@ class PrefillRows {
   uint32_t shared_;
   PrefillTask::Round round_;
   float level_;                      // what 1 in an image stands for, but for its unit
-  int group_, g_, t_, row_in_tile_;  // warpgroup; lane / 4, % 4
+  int group_, g_, t_, row_in_tile_;  // of the thread; lane / 4, % 4
   int end_[2];
   float factor_[2], max_[2], sum_[2];  // sum_: of the thread's own keys
   bool far_ = false;                   // norms come beside the latest tile
 };
-
-#endif
 
 }  // namespace tq::cuda

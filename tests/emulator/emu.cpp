@@ -849,6 +849,59 @@ void finish_tf32(Meeting& m) {
   }
 }
 
+struct K8Arg {
+  float* c;
+  uint32_t low, high, b;
+};
+void finish_bf16_k8(Meeting& m) {
+  need_all(m, "mma_k8");
+  const auto number = [](uint32_t pair, int i) {
+    const uint32_t bits = i ? pair & 0xFFFF0000 : pair << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+  };
+  float a[16][8], b[8][8];
+  for (int l = 0; l < 32; ++l) {
+    const auto& x = *static_cast<K8Arg*>(m.arg[l]);
+    for (int i = 0; i < 2; ++i) {
+      a[l / 4][l % 4 * 2 + i] = number(x.low, i);
+      a[l / 4 + 8][l % 4 * 2 + i] = number(x.high, i);
+      b[l % 4 * 2 + i][l / 4] = number(x.b, i);
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    const auto& x = *static_cast<K8Arg*>(m.arg[l]);
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 8; ++k) x.c[i] += a[l / 4 + i / 2 * 8][k] * b[k][l % 4 * 2 + i % 2];
+  }
+}
+
+struct MatricesArg {
+  uint32_t* x;
+  const char* row;
+  bool transposed;
+};
+void finish_matrices(Meeting& m) {
+  need_all(m, "load_matrices");
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t x[8][8];
+    uint32_t banks = 0;
+    for (int i = 0; i < 8; ++i) {
+      const char* row = static_cast<MatricesArg*>(m.arg[8 * matrix + i])->row;
+      memcpy(x[i], row, 16);
+      banks |= 1u << reinterpret_cast<uintptr_t>(row) / 16 % 8;
+    }
+    if (banks != 255) error("load_matrices: rows of a matrix share banks");
+    for (int l = 0; l < 32; ++l) {
+      const auto& lane = *static_cast<MatricesArg*>(m.arg[l]);
+      const int g = l / 4, t = l % 4 * 2;
+      const uint16_t pair[2] = {lane.transposed ? x[t][g] : x[g][t], lane.transposed ? x[t + 1][g] : x[g][t + 1]};
+      memcpy(&lane.x[matrix], pair, 4);
+    }
+  }
+}
+
 void finish_transpose(Meeting& m) {
   need_all(m, "movmatrix");
   uint16_t x[8][8];
@@ -867,6 +920,10 @@ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   Tf32Arg arg = {c, a, b0, b1};
   meet(~0u, finish_tf32, &arg, "mma_tf32");
+}
+void mma_bf16_k8(float (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
+  K8Arg arg = {c, low, high, b};
+  meet(~0u, finish_bf16_k8, &arg, "mma_k8");
 }
 uint32_t transpose8x8(uint32_t x) {
   meet(~0u, finish_transpose, &x, "transpose8x8");
@@ -921,11 +978,17 @@ char* copy_target(uint32_t to, uint32_t bytes, const char* what) {
   const char* statics = b->window.base + kWindowDynamic + kPage;
   const bool dynamic = p >= b->dynamic && p + bytes <= b->dynamic + b->dynamic_size;
   const bool fixed = p >= statics && p + bytes <= statics + b->static_used;
-  if (!dynamic && !fixed) fatal("%s: writes %u bytes at %#x, outside shared memory", what, bytes, to);
+  if (!dynamic && !fixed) fatal("%s: %u bytes at %#x are outside shared memory", what, bytes, to);
   return p;
 }
 volatile char sink;
 }  // namespace
+
+void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed) {
+  if (row % 16) fatal("load_matrices: row address %#x is not aligned to 16", row);
+  MatricesArg arg = {x, copy_target(row, 16, "load_matrices"), transposed};
+  meet(~0u, finish_matrices, &arg, "load_matrices");
+}
 
 void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if (to % 16) fatal("copy_bulk: the shared address %#x is not aligned to 16", to);

@@ -38,10 +38,19 @@ inline __attribute__((always_inline)) bool elect_one() {
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emu::mma_f16(c, a, b0, b1);
 }
+template <class T>
+void mma_k8(float (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>)
+    emu::mma_f16(c, {low, high, 0, 0}, b, 0);
+  else
+    emu::mma_bf16_k8(c, low, high, b);
+}
 inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   emu::mma_tf32(c, a, b0, b1);
 }
 inline float tf32_part(float x) { return __uint_as_float(__float_as_uint(x) & 0xFFFFE000); }
+inline void load_matrices(uint32_t (&x)[4], uint32_t row) { emu::load_matrices(x, row, false); }
+inline void load_transposed(uint32_t (&x)[4], uint32_t row) { emu::load_matrices(x, row, true); }
 inline uint32_t transpose8x8(uint32_t x) { return emu::transpose8x8(x); }
 
 inline uint32_t shared_address(const void* p) { return emu::shared_offset(p); }
@@ -63,12 +72,18 @@ inline void store_shared4(uint32_t address, const uint32_t (&x)[4]) {
   if (address % sizeof x) emu::error("store_shared4: %#x is not aligned to 16", address);
   memcpy(emu::shared_pointer(address), x, sizeof x);
 }
+inline __attribute__((always_inline)) void meet(int number, int threads) {
+  emu::block_barrier(number, threads, "meet");
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   emu::mbarrier_init(barrier, arrivals);
 }
 inline void barrier_init_fence() {}
+inline void barrier_arrive(uint32_t barrier, uint32_t times = 1) {
+  emu::mbarrier_arrive(barrier, times, 0);
+}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   emu::mbarrier_arrive(barrier, 1, bytes);
 }
@@ -79,6 +94,7 @@ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
 #else  // declared only, as for the compiler
 void barrier_init(uint32_t barrier, uint32_t arrivals);
 void barrier_init_fence();
+void barrier_arrive(uint32_t barrier, uint32_t times = 1);
 void barrier_expect(uint32_t barrier, uint32_t bytes);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
@@ -108,6 +124,10 @@ inline void wait_for_previous_kernel() {}
 
 inline void fence_for_async() {}
 
+inline unsigned long long load_anew(const unsigned long long* p) {
+  emu::poll();
+  return *p;
+}
 inline float4 load_word(const float4* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) emu::error("load_word: %p is not aligned to 16", p);
   emu::poll();

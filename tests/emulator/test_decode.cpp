@@ -21,12 +21,14 @@
 
 using namespace tq;
 
-// The prefill kernels are not emulated (Makefile).
+#if EMU_ARCH >= 900  // Hopper's prefill kernels are not emulated (Makefile)
 namespace tq::cuda {
 bool is_prefill(const AttentionProblem&) { return false; }
 int64_t prefill_workspace(const AttentionProblem&, int) { return 0; }
 cudaError_t launch_prefill(const AttentionProblem&, void*, int, cudaStream_t) { return cudaErrorInvalidValue; }
+std::atomic<int64_t> prefill_images;
 }  // namespace tq::cuda
+#endif
 
 // ------------------------------------------------------------------------------------ random
 struct Random {
@@ -51,7 +53,7 @@ struct Case {
   int B = 1, Hq = 4, Hkv = 1, Lq = 1, Lkv = 100, D = 128;
   int dtype = 2;   // 0 f32, 1 f16, 2 bf16
   int ndtype = 2;  // of the norms: 0 f32, 2 bf16; 3: keys bf16, values f32
-  int mask = 0;    // 1 [B], 2 broadcast over B, 3 strided; percent visible in `density`
+  int mask = 0;    // 1 [B], 2 broadcast over B, 3 strided; percent visible in `density`; 4 documents of 300 keys, one after the other
   int density = 70;
   int causal = 0;
   int kvlen = 0;   // 1 int32 per row, 2 int64 per row, 3 one for all (stride 0), 4 with 0, > Lkv, < 0; 5: `fixedlen`
@@ -66,8 +68,10 @@ struct Case {
   int olayout = 0;
   int packed = 0;  // 0 capacity rounded up to 8 positions, 9 exact, 1 more capacity, 2 rows padded, 3 [B, L, H, D/2], 4 last stride 2, 5 base off by 4 bytes, 6 broadcast over B, 7 over H, 8 base off by 1
   int norms = 0;   // 0 capacity rounded up to 8, 9 exact, 8 more but a multiple of 8, 1 more capacity, 2 stride 2, 3 [B, L, H], 5 base off by an element, 6 broadcast over B, 7 over H
-  int wild = 0;    // 1 norms of all sizes, 2 large norms of keys, 3 NaN norms wherever hidden, 4 zero queries, 5 queries of all sizes, 6 some NaN norms, 7 some NaN queries: rows that see them must be NaN, the others right
+  int wild = 0;    // 1 norms of all sizes, 2 large norms of keys, 3 NaN norms wherever hidden, 4 zero queries, 5 queries of all sizes, 6 some NaN norms, 7 some NaN queries: rows that see them must be NaN, the others right, 8 some norms far from the others
   int general = 0; // call launch_general
+  int prefill = 0; // fail if it does not go to the prefill kernels
+  int images = 1 << 17;  // KB that these may have in the workspace
   int seed = 1;
 
   template <class F>
@@ -75,7 +79,7 @@ struct Case {
     f("B", B), f("Hq", Hq), f("Hkv", Hkv), f("Lq", Lq), f("Lkv", Lkv), f("D", D), f("dtype", dtype), f("ndtype", ndtype);
     f("mask", mask), f("density", density), f("causal", causal), f("kvlen", kvlen), f("fixedlen", fixedlen), f("kvstart", kvstart);
     f("softcap", softcap), f("sinks", sinks), f("lse", lse), f("scale", scale), f("sms", sms), f("qlayout", qlayout);
-    f("olayout", olayout), f("packed", packed), f("norms", norms), f("wild", wild), f("general", general), f("seed", seed);
+    f("olayout", olayout), f("packed", packed), f("norms", norms), f("wild", wild), f("general", general), f("prefill", prefill), f("images", images), f("seed", seed);
   }
   std::string text() {
     std::ostringstream s;
@@ -249,7 +253,7 @@ struct Problem {
       auto* m = static_cast<uint8_t*>(p.mask.data);
       for (int64_t b = 0; b < size[0]; ++b) for (int64_t i = 0; i < c.Lq; ++i) {
         const double density = r.chance(.1) ? 0 : c.density / 100.0;
-        for (int64_t j = 0; j < c.Lkv; ++j) m[b * p.mask.stride[0] + i * row + j * last] = r.chance(density);
+        for (int64_t j = 0; j < c.Lkv; ++j) m[b * p.mask.stride[0] + i * row + j * last] = c.mask == 4 ? j / 300 == (c.Lkv - c.Lq + i) / 300 : r.chance(density);
       }
     }
     // Values.
@@ -272,6 +276,11 @@ struct Problem {
         if (r.chance(.1)) v *= 0x1p-90;
       }
       if (c.wild == 2) k *= 6;
+      if (c.wild == 8) {
+        if (r.chance(.1)) k *= std::exp2(r.in(-14, 2)) * (r.chance(.2) ? -1 : 1);
+        if (r.chance(.1)) v *= std::exp2(r.in(-14, 14)) * (r.chance(.2) ? -1 : 1);
+        if (r.chance(.02)) v = 0;
+      }
       if (c.wild == 5) k *= std::exp2(-40);
       bool seen = s < p.length(b);
       if (c.wild == 3 && seen) {
@@ -396,6 +405,8 @@ struct Problem {
     bool good = true;
     const long errors_before = emu::errors;
     emu::options.multiprocessors = c.sms;
+    prefill_images = int64_t{c.images} << 10;
+    if (c.prefill && !is_prefill(p)) return printf("  not for the prefill kernels\n"), false;
     int64_t bytes = 0;
 #ifdef HAVE_GENERAL
     if (c.general) bytes = general_workspace(p, c.sms);
@@ -453,10 +464,11 @@ struct Problem {
   bool judge(double* worst_row, double* worst_lse) {
     int bad = 0;
     std::vector<char> touched(static_cast<size_t>(out_extent), 0);
+    const bool prefill = !c.general && cuda::is_prefill(p);  // keys are rounded to fp16 once more
     const double cap = c.softcap, floor = c.dtype == 1 ? 0x1p-25 * std::sqrt(static_cast<double>(c.D)) : 0;  // f16 underflow
     for (int64_t b = 0; b < c.B; ++b) for (int64_t h = 0; h < c.Hq; ++h) for (int64_t i = 0; i < c.Lq; ++i) {
       const int64_t row = (b * c.Hq + h) * c.Lq + i;
-      const double spread = row_spread[static_cast<size_t>(row)], bound = (c.dtype == 0 ? 1e-5 : c.dtype == 1 ? 2e-3 : 6e-3) * spread;
+      const double spread = row_spread[static_cast<size_t>(row)], bound = (c.dtype == 0 ? 1e-5 : c.dtype == 1 ? prefill ? 4e-3 : 2e-3 : 6e-3) * spread;
       double error = 0, size = 0, got_size = 0;
       bool finite = true, k_broken = false, v_broken = false;
       if (c.wild == 6) for (int64_t s = 0; s < p.length(b); ++s)
@@ -494,6 +506,7 @@ struct Problem {
       const bool nothing = size == 0;
       const double relative = nothing ? (got_size == 0 ? 0 : INFINITY) : std::max(0.0, std::sqrt(error) - floor) / std::sqrt(size);
       double lse_error = 0, lse_bound = 1e-5 + 2e-6 * std::fabs(l) + (c.dtype == 0 || c.general ? 2e-6 * spread : 2e-3 * spread);
+      if (prefill) lse_bound *= 2;
       if (c.dtype == 0 || c.general) lse_bound += 3e-6 * std::fabs(l);
       (void)cap;
       if (l == -INFINITY) lse_bound = 0;
@@ -641,6 +654,7 @@ void usage() {
   batches [D] [general]     B * Hkv from below to far above the number of multiprocessors
   splits [D] [general]      one head over 1 .. 12 multiprocessors, many lengths
   options [D] [general]     every option by itself and in pairs
+  prefill [D]               many rows: tiles, options by themselves and in pairs, splits, rounds
   shape NAME=VALUE ...      one problem; names as printed, e.g. B=2 Hq=8 Hkv=2 Lq=3 Lkv=100 D=128 causal=1 kvlen=1 sms=6
 Environment: EMU_JOBS=2 processes; EMU_STOP=1 after the first failure; EMU_RUNS=2 runs of each problem (the bits must
 be the same; the second on the workspace the first left, a third on random bytes); EMU_DTYPE=0|1|2 f32|f16|bf16 for all; EMU_SEED
@@ -726,6 +740,45 @@ int main(int argc, char** argv) {
         if ((c.wild == 3 || c.wild == 6) && (c.norms == 6 || c.norms == 7)) continue;
         add(c);
       }
+  } else if (mode == "prefill") {
+    Case base;
+    base.prefill = 1, base.B = 2, base.Hq = 4, base.Hkv = 2, base.Lq = 77, base.Lkv = 300, base.sms = 3, base.causal = 1;
+    const std::vector<std::function<void(Case&)>> options = {
+        [](Case&) {}, [](Case& c) { c.causal = 0; }, [](Case& c) { c.kvlen = 1; }, [](Case& c) { c.kvlen = 4; c.kvstart = 4; }, [](Case& c) { c.kvstart = 1; },
+        [](Case& c) { c.mask = 1; }, [](Case& c) { c.mask = 2; c.causal = 0; }, [](Case& c) { c.mask = 3; c.density = 5; }, [](Case& c) { c.softcap = 2; },
+        [](Case& c) { c.mask = 4; c.Lkv = 700; c.Lq = 200; c.B = 1; }, [](Case& c) { c.mask = 4; c.Lkv = 700; c.causal = 0; c.wild = 3; }, [](Case& c) { c.sinks = 1; }, [](Case& c) { c.sinks = 3; c.lse = 0; }, [](Case& c) { c.scale = -0.2f; }, [](Case& c) { c.ndtype = 0; }, [](Case& c) { c.ndtype = 3; },
+        [](Case& c) { c.wild = 1; }, [](Case& c) { c.wild = 8; }, [](Case& c) { c.wild = 3; c.mask = 1; }, [](Case& c) { c.wild = 5; }, [](Case& c) { c.wild = 4; },
+        [](Case& c) { c.Hq = 10; c.Lq = 31; c.qlayout = 1; c.olayout = 1; }, [](Case& c) { c.packed = 3; c.norms = 3; }, [](Case& c) { c.Lq = 200; c.Lkv = 90; },
+        [](Case& c) { c.kvlen = 5; c.fixedlen = 0; }};
+    for (int D : kDims) {
+      if (args.size() > 1 && D != number(1, 0)) continue;
+      const auto add_changed = [&](std::initializer_list<std::function<void(Case&)>> changes) {
+        Case c = base;
+        c.D = D, c.dtype = 1 + n % 2;
+        if (D == 512) c.Hq = 2, c.Hkv = 1;
+        for (auto& change : changes) change(c);
+        add(c);
+      };
+      for (size_t i = 0; i < options.size(); ++i) {
+        add_changed({options[i]});
+        // Two kinds of options, and splits: a tile of rows, and tiles of keys for three blocks.
+        const size_t j = (i + 1 + static_cast<size_t>(D) / 16 % 5) % options.size();
+        if (i % 2) add_changed({options[i], options[j]});
+        if (i % 4 == 2)
+          add_changed({options[i], [&](Case& c) {
+            c.B = 1, c.Hq = c.Hkv = 1, c.Lq = 60, c.Lkv = D <= 128 ? 2500 : 1250, c.sms = 3 + static_cast<int>(i % 3), c.kvlen = c.kvlen == 4 ? 1 : c.kvlen;
+          }});
+      }
+      for (int Lkv : {1, 63, 64, 65, 128, 129, 0}) add_changed({[&](Case& c) { c.Lkv = Lkv, c.Lq = 48 + Lkv, c.Hq = 1, c.Hkv = 1; }});
+      // Room for the tiles of one KV head, or a little more: rounds.
+      const int keys = D <= 128 ? 128 : 64, tile_kb = (D + 63) / 64 * keys / 4 + 2;
+      for (int tiles : {0, 1}) add_changed({[&](Case& c) { c.kvlen = 1 + tiles, c.images = tile_kb * (tiles + (c.Lkv + keys - 1) / keys); }});
+      // Splits of contexts that are shorter than their buffer, and rounds of them.
+      for (int length : {300, 1000, 1200}) add_changed({[&](Case& c) {
+        c.B = 1, c.Hq = c.Hkv = 2, c.Lq = 60, c.Lkv = 20 * keys, c.sms = 5, c.kvlen = 5, c.fixedlen = length;
+        if (length == 1200) c.Hq = c.Hkv = 4, c.images = tile_kb * 2 * 20;
+      }});
+    }
   } else if (mode == "shape") {
     Case c;
     c.general = general;

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace tq::cuda {
 
@@ -75,6 +76,21 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same for 8 columns of a, of fp16 or bf16: `low` rows g, `high` rows g + 8; b column g.
+template <class T>
+__device__ inline void mma_k8(float (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(low), "r"(high), "r"(b));
+  else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(low), "r"(high), "r"(b));
+}
+
 // The same for tf32, eight columns of a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); rows t and
 // t + 4 of b. The low 13 bits of an operand are ignored.
 __device__ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
@@ -88,6 +104,23 @@ __device__ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, fl
 // The part of a number that tf32 keeps.
 __device__ inline float tf32_part(float x) {
   return __uint_as_float(__float_as_uint(x) & 0xFFFFE000);
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l says where row l % 8 of matrix
+// l / 8 lies.
+__device__ inline void load_matrices(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row)
+               : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ inline void load_transposed(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row)
+               : "memory");
 }
 
 // The transpose of an 8 x 8 matrix of 16-bit numbers, of which each lane holds row g, columns 2t
@@ -117,8 +150,10 @@ __device__ inline float2 load_shared2(uint32_t address) {
 }
 template <int kWords>
 __device__ inline void load_words(uint32_t (&x)[kWords], uint32_t address) {
-  static_assert(kWords == 2 || kWords == 4);
-  if constexpr (kWords == 4)
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+  if constexpr (kWords == 1)
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0]) : "r"(address) : "memory");
+  else if constexpr (kWords == 4)
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(address)
@@ -139,6 +174,11 @@ __device__ inline void store_shared4(uint32_t address, const uint32_t (&x)[4]) {
                : "memory");
 }
 
+// Barrier `number`, 1 to 15, of a block: until so many threads, whole warps, have arrived.
+__device__ inline void meet(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // ----------------------------------------------------------------------------- asynchronous copies
 // Hopper and later: a copy engine that fills shared memory and counts the bytes on a barrier. Only
 // declared for older architectures, whose kernels do not use it.
@@ -151,6 +191,11 @@ __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
 // Makes initialised barriers known to the copy engine.
 __device__ inline void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void barrier_arrive(uint32_t barrier, uint32_t times = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
+               : "memory");
 }
 
 // Arrive, and expect this many bytes before the phase is over.
@@ -205,10 +250,15 @@ __device__ inline void bulk_stores_wait() {
 #else
 __device__ void barrier_init(uint32_t barrier, uint32_t arrivals);
 __device__ void barrier_init_fence();
+__device__ void barrier_arrive(uint32_t barrier, uint32_t times = 1);
 __device__ void barrier_expect(uint32_t barrier, uint32_t bytes);
 __device__ void barrier_wait(uint32_t barrier, uint32_t parity);
 __device__ void fence_for_async();
 __device__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
+__device__ void store_bulk(void* to, uint32_t from, uint32_t bytes);
+__device__ void bulk_stores_commit();
+template <int kPending>
+__device__ void bulk_stores_wait();
 #endif
 
 // Every lane copies 16 bytes at a time, in groups that complete in order. Of the source only
@@ -255,6 +305,12 @@ __device__ inline void wait_for_previous_kernel() {
 }
 
 // -------------------------------------------------------------- words that blocks exchange
+
+// What another block may have changed meanwhile.
+__device__ inline unsigned long long load_anew(const unsigned long long* p) {
+  return *static_cast<const volatile unsigned long long*>(p);
+}
+
 // 16 bytes that are seen all or not at all: one scalar in the memory model (PTX ISA, ld and
 // st, .b128).
 

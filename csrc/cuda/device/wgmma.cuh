@@ -396,11 +396,7 @@ __device__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Barrier `number`, 1 to 15, of a block: until so many threads, whole warps, have arrived.
-__device__ inline void meet(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-// The same, and whether x is true for one of them.
+// `meet` (ptx.cuh), and whether x is true for one of them.
 __device__ inline bool meet_any(int number, int threads, bool x) {
   uint32_t any;
   asm volatile(

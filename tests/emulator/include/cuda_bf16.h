@@ -35,6 +35,9 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__nv_bfl
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {__nv_bfloat16(v.x), __nv_bfloat16(v.y)}; }
 inline __nv_bfloat162 __float2bfloat162_rn(float a) { return {__nv_bfloat16(a), __nv_bfloat16(a)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 h) { return {static_cast<float>(h.x), static_cast<float>(h.y)}; }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__nv_bfloat16(static_cast<float>(a.x) * static_cast<float>(b.x)), __nv_bfloat16(static_cast<float>(a.y) * static_cast<float>(b.y))};
+}
 inline float __low2float(__nv_bfloat162 h) { return h.x; }
 inline float __high2float(__nv_bfloat162 h) { return h.y; }
 inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 h) { return h.x; }

@@ -70,6 +70,8 @@ void* shared_pointer(uint32_t offset);
 
 void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1);
+void mma_bf16_k8(float (&c)[4], uint32_t low, uint32_t high, uint32_t b);
+void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed);
 uint32_t transpose8x8(uint32_t x);
 void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 void mbarrier_arrive(uint32_t barrier, uint32_t arrivals, uint32_t expect_bytes);
