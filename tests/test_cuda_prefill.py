@@ -7,6 +7,7 @@ attention on the GPU, small ones with oracles.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import oracles
 import pytest
@@ -35,6 +36,27 @@ pytestmark = [*ON_GPU, pytest.mark.usefixtures("one_thread")]
 B, HKV, HQ = 4, 4, 8
 
 
+@pytest.fixture(params=[None, 300_000], ids=["", "windows"])
+def workspace(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Bytes for images of keys and values; if they are few, the kernels attend to a window of keys
+    after the other, and carry sums from one to the next."""
+    images = torch.ops.turboquant._cuda_prefill_images
+    before = images()
+    images(request.param)
+    yield
+    images(before)
+
+
+def extra_memory(query: torch.Tensor, cache: oracles.Cache) -> int:
+    """Bytes that a call takes beside its result."""
+    ops.tq4_sdpa(query, *cache.args, kv_len=ints(1), mask_is_causal=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ops.tq4_sdpa(query, *cache.args, kv_len=ints(1), mask_is_causal=True)
+    return torch.cuda.max_memory_allocated() - before - out.nbytes
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, **DTYPE_IDS)
 @pytest.mark.parametrize("Lq", [96, 127, 128, 129, 300])
@@ -47,6 +69,7 @@ def test_rows_and_keys_around_tiles(dim: int, dtype: torch.dtype, Lq: int) -> No
             assert_rows(got, exact(query, cache, causal=causal))
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "Lq"), [(71, 71, 130), (32, 1, 100), (12, 4, 333), (7, 1, 600)]
@@ -57,9 +80,10 @@ def test_groups(dim: int, Hq: int, Hkv: int, Lq: int) -> None:
     assert_rows(got, exact(query, cache, causal=True))
 
 
+@pytest.mark.parametrize("workspace", [None, 2_000_000], indirect=True, ids=["", "windows"])
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("Lq", [70, 130, 300])
-def test_blocks_that_give_up_waiting(impatient: None, dim: int, Lq: int) -> None:
+def test_blocks_that_give_up_waiting(impatient: None, workspace: None, dim: int, Lq: int) -> None:
     """Few rows, whose keys are split: the last block has more to add up, in the same order."""
     cache, query = gpu_cache(1, 3, 9000, dim, seed=25), gpu_randn(1, 12, Lq, dim, seed=26)
     patience = torch.ops.turboquant._cuda_patience()
@@ -73,6 +97,7 @@ def test_blocks_that_give_up_waiting(impatient: None, dim: int, Lq: int) -> None
         assert identical(one[1], want[1])
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("Lq", [200, 515])
 def test_ragged_lengths_and_starts(dim: int, Lq: int) -> None:
@@ -137,7 +162,9 @@ def test_more_heads_than_fit_into_the_workspace(dim: int) -> None:
         assert_rows(got, exact(query, filled, causal=True))
 
 
-@pytest.mark.parametrize(("dim", "L"), [(64, 760_000), (128, 390_000), (256, 190_000)])
+@pytest.mark.parametrize(
+    ("dim", "L"), [(64, 760_000), (128, 390_000), (256, 190_000), (512, 100_000)]
+)
 def test_a_context_that_the_workspace_does_not_hold(dim: int, L: int) -> None:
     cache, query = gpu_cache(1, 1, L, dim, seed=39), gpu_randn(1, 2, 500, dim, seed=40)
     for n in (L, 7000):
@@ -171,9 +198,10 @@ def test_options_where_keys_are_split(dim: int, Lq: int) -> None:
     check(CUDA, query, cache, dense=dense, mask_is_causal=True, kv_len=torch.tensor([900]))
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 def test_masks(dim: int) -> None:
-    L, Lq = 700, 130
+    L, Lq = 700, 200
     cache = random_cache(2, 4, L, dim, seed=12)
     dense, query = (cache.k(), cache.v()), randn(2, 16, Lq, dim, seed=13, dtype=torch.bfloat16)
     some = torch.rand(2, 1, Lq, L, generator=oracles.generator(14)) < 0.5
@@ -189,6 +217,7 @@ def test_masks(dim: int) -> None:
               mask_is_causal=True)  # fmt: skip
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_start_behind_the_end(dim: int) -> None:
     """Then nothing is seen, whatever is there."""
@@ -200,6 +229,7 @@ def test_a_start_behind_the_end(dim: int) -> None:
         assert (lse == -math.inf).all()
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_norms_of_hidden_keys(dim: int, value: float) -> None:
@@ -218,6 +248,7 @@ def test_norms_of_hidden_keys(dim: int, value: float) -> None:
         assert_rows(got, want.double())  # rounded otherwise, where norms in a tile differ so much
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", [dim for dim in DIMS if dim <= 256])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_queries_that_are_no_numbers(dim: int, value: float) -> None:
@@ -243,10 +274,11 @@ def test_repeated_runs_are_identical(dim: int) -> None:
         assert identical(again[1], lse)
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 def test_softcap_and_sinks(dim: int) -> None:
     cache = random_cache(2, 4, 700, dim, seed=15)
-    dense, query = (cache.k(), cache.v()), randn(2, 16, 130, dim, seed=16, dtype=torch.bfloat16)
+    dense, query = (cache.k(), cache.v()), randn(2, 16, 200, dim, seed=16, dtype=torch.bfloat16)
     lengths = torch.tensor([0, 641])
     for sinks in (
         randn(16, seed=17),
@@ -268,10 +300,11 @@ def test_scales(dim: int, scale: float) -> None:
     assert_rows(got, exact(query, cache, scale=scale))
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, **DTYPE_IDS)
 def test_float32_norms_and_strides(dim: int, dtype: torch.dtype) -> None:
-    query = randn(2, 16, 130, dim, seed=20, dtype=dtype)
+    query = randn(2, 16, 200, dim, seed=20, dtype=dtype)
     check(CUDA, query, random_cache(2, 4, 555, dim, seed=21, norm_dtype=torch.float32))
     whole = random_cache(2, 4, 420, dim, seed=22)
     for first, last in [(3, 400), (17, 50)]:
@@ -280,6 +313,7 @@ def test_float32_norms_and_strides(dim: int, dtype: torch.dtype) -> None:
     check(CUDA, query.transpose(1, 2).contiguous().transpose(1, 2), tokens_first)
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("score", [23.0, 40.0])
 def test_the_heaviest_keys_have_the_smallest_values(dim: int, score: float) -> None:
@@ -298,6 +332,7 @@ def test_queries_of_all_sizes_side_by_side(dim: int) -> None:
     assert_rows(got, exact(query, cache, causal=True))
 
 
+@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("Lq", [80, 200])
 def test_a_graph_follows_the_growing_context(dim: int, Lq: int) -> None:
@@ -319,10 +354,11 @@ def test_a_graph_follows_the_growing_context(dim: int, Lq: int) -> None:
 def test_memory_is_bounded(B: int, Hq: int, Hkv: int, dim: int, Lq: int, L: int) -> None:
     """Beyond the result at most 256 MB, whatever the context."""
     query, cache = gpu_randn(B, Hq, Lq, dim, seed=28), gpu_cache(B, Hkv, L, dim, seed=29)
-    ops.tq4_sdpa(query, *cache.args, kv_len=ints(1), mask_is_causal=True)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = ops.tq4_sdpa(query, *cache.args, kv_len=ints(1), mask_is_causal=True)
-    extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-    assert extra <= 256 * 2**20, extra
+    assert extra_memory(query, cache) <= 256 * 2**20
+
+
+@pytest.mark.parametrize("workspace", [1_000_000], indirect=True)
+@pytest.mark.parametrize("dim", DIMS)
+def test_windows_take_the_place_of_a_larger_workspace(workspace: None, dim: int) -> None:
+    query, cache = gpu_randn(1, 4, 900, dim, seed=43), gpu_cache(1, 1, 200_000, dim, seed=44)
+    assert extra_memory(query, cache) <= 20e6  # images of all keys would take 51 MB or more

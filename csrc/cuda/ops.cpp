@@ -128,13 +128,22 @@ int64_t patience_op(std::optional<int64_t> use) {
   return patience;
 }
 
+int64_t prefill_images_op(std::optional<int64_t> use) {
+  if (use) prefill_images = *use;
+  return prefill_images;
+}
+
 }  // namespace
 }  // namespace tq::cuda
 
 // Private, for tests.
-STABLE_TORCH_LIBRARY_FRAGMENT(turboquant, m) { m.def("_cuda_patience(int? use=None) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(turboquant, m) {
+  m.def("_cuda_patience(int? use=None) -> int");
+  m.def("_cuda_prefill_images(int? use=None) -> int");
+}
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CompositeExplicitAutograd, m) {
   m.impl("_cuda_patience", TORCH_BOX(&tq::cuda::patience_op));
+  m.impl("_cuda_prefill_images", TORCH_BOX(&tq::cuda::prefill_images_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(turboquant, CUDA, m) {

@@ -27,10 +27,10 @@ constexpr bool has_fused(PrefillKind kind, int64_t D) {
 // so many keys in all KV heads together. Prefill is paid for once, in 10 to 40 µs, and for each
 // tile of 64 or 128 rows; decode reads everything again for each 32 rows or fewer, but its reading
 // is faster. At D = 256 one warpgroup makes all of the fused kernel's images, at D = 512 there is
-// none. The portable kernels have not been measured.
+// none. The portable kernels are slower at both.
 constexpr int64_t least_prefill_rows(PrefillKind kind, int64_t D, int64_t keys) {
   const bool few = keys <= 65536;
-  if (kind == PrefillKind::portable) return 48;
+  if (kind == PrefillKind::portable) return D == 512 ? 96 : D == 256 ? 192 : 128;
   if (D == 512) return few ? 96 : 192;
   if (D == 256) return keys < 16384 ? 257 : 192;
   return few && D <= 128 ? 17 : 64;

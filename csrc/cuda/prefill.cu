@@ -6,6 +6,8 @@
 namespace tq::cuda {
 namespace {
 
+constexpr int64_t kCarried = 4;  // the room for images is so many times that for carried sums
+
 int64_t tiles_of(const AttentionProblem& p) {
   const int keys = prefill_keys(static_cast<int>(p.D));
   return std::max<int64_t>((p.Lkv + keys - 1) / keys, 1);
@@ -15,15 +17,13 @@ int64_t row_tiles_of(const AttentionProblem& p) {
   return (p.Hq / p.Hkv * p.Lq + rows - 1) / rows;
 }
 
-// KV heads of a round, whose images the workspace has room for; 0: fused.
-int64_t expanded_heads(const AttentionProblem& p, PrefillKind kind) {
-  const int64_t room = prefill_images / tile_bytes_of(static_cast<int>(p.D)) / tiles_of(p);
-  if (room == 0 || row_tiles_of(p) < least_expanded_tiles(kind, p.D)) return 0;
-  return heads_of_round(p.B * p.Hkv, room);
-}
+struct Layout {
+  int64_t bytes;
+  int rounds;  // at most
+};
 
-// The parts of the workspace, each aligned to 128 bytes. Returns its size.
-int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
+// The parts of the workspace, each aligned to 128 bytes.
+Layout lay_out(PrefillTask* task, char* memory, int multiprocessors) {
   const AttentionProblem& p = task->problem;
   const int D = static_cast<int>(p.D);
   int64_t size = 0;
@@ -39,37 +39,55 @@ int64_t lay_out(PrefillTask* task, char* memory, int multiprocessors) {
   task->group = static_cast<int>(p.Hq / p.Hkv);
   task->row_tiles = static_cast<int>(row_tiles_of(p));
   task->keys = prefill_keys(D);
-  const int64_t each = expanded_heads(p, task->kind);
-  task->capacity = static_cast<int>(each * tiles_of(p));
-  if (each) task->tiles = take(int64_t{task->capacity} * tile_bytes_of(D));
   task->key_tiles = static_cast<int>(tiles_of(p));
+  task->windows = 1;
+  int64_t each = task->heads(), rounds = 1;  // KV heads of a round
+  if (task->row_tiles >= least_expanded_tiles(task->kind, D)) {
+    const int64_t images = prefill_images, room = std::max<int64_t>(images / tile_bytes_of(D), 1);
+    if (room >= task->key_tiles) {
+      each = heads_of_round(each, room / task->key_tiles);
+      rounds = (task->heads() + each - 1) / each;
+      task->capacity = static_cast<int>(each * task->key_tiles);
+    } else {
+      const int64_t sums = 2 * partial_words_of(D) * int64_t{sizeof(float4)};
+      each = 1;
+      task->capacity = static_cast<int>(room);
+      task->windows = static_cast<int>((task->key_tiles + room - 1) / room);
+      task->slice =
+          static_cast<int>(std::clamp<int64_t>(images / kCarried / sums, 1, task->row_tiles));
+      task->carry = reinterpret_cast<float4*>(take(task->slice * sums));
+      rounds = int64_t{task->heads()} * task->windows *
+               ((task->row_tiles + task->slice - 1) / task->slice);
+    }
+    task->tiles = take(int64_t{task->capacity} * tile_bytes_of(D));
+  }
   if (p.mask)
     task->sights = reinterpret_cast<Sight*>(
         take((p.mask.stride[0] ? p.B : 1) * row_tiles_of(p) * tiles_of(p)));
-  task->splits = static_cast<int>(
-      prefill_splits(task->row_tiles * (each ? each : task->heads()), tiles_of(p), task->blocks));
+  task->splits =
+      static_cast<int>(prefill_splits(task->row_tiles * each, task->key_tiles, task->blocks));
   if (task->splits > 1) {
     const int64_t items = int64_t{task->row_tiles} * task->heads();
-    task->done = reinterpret_cast<unsigned long long*>(take(2 * items * int64_t{sizeof(int64_t)}));
+    task->done = reinterpret_cast<unsigned long long*>(
+        take(2 * task->windows * items * int64_t{sizeof(int64_t)}));
     // All that are split run at once.
     const int64_t parts = std::min<int64_t>(items * task->splits, task->blocks);
     task->partials =
         reinterpret_cast<float4*>(take(2 * parts * partial_words_of(D) * int64_t{sizeof(float4)}));
   }
-  return size;
+  return {size, static_cast<int>(rounds)};
 }
 
 }  // namespace
 
-std::atomic<int64_t> prefill_images = int64_t{192} << 20;
+std::atomic<int64_t> prefill_images = int64_t{160} << 20;
 
 bool is_prefill(const AttentionProblem& p) {
   const PrefillKind kind = prefill_kind(compiled_for());
   const int64_t rows = p.Hq / p.Hkv * p.Lq, load = p.D % 32 == 0 ? 16 : 8;
   const int64_t least = least_prefill_rows(kind, p.D, p.B * p.Hkv * p.Lkv);
   constexpr int64_t kGrid = 65535;  // look_at_mask
-  return kind != PrefillKind::none && tuned_dim(p.D) &&
-         (has_fused(kind, p.D) || expanded_heads(p, kind) > 0) && rows >= least &&
+  return kind != PrefillKind::none && tuned_dim(p.D) && rows >= least &&
          (!p.mask || (row_tiles_of(p) <= kGrid && p.B <= kGrid)) && rows * p.B * p.Hkv < 1 << 30 &&
          p.Lkv < int64_t{1} << 30 && p.query.dtype != Dtype::f32 && aligned_rows(p.query, 2, 16) &&
          aligned_rows(p.out, 2, 16) && aligned_rows(p.k_packed, 1, load) &&
@@ -79,7 +97,7 @@ bool is_prefill(const AttentionProblem& p) {
 int64_t prefill_workspace(const AttentionProblem& p, int multiprocessors) {
   PrefillTask task = {};
   task.problem = p;
-  return lay_out(&task, nullptr, multiprocessors);
+  return lay_out(&task, nullptr, multiprocessors).bytes;
 }
 
 cudaError_t launch_prefill(const AttentionProblem& p, void* workspace, int multiprocessors,
@@ -87,11 +105,10 @@ cudaError_t launch_prefill(const AttentionProblem& p, void* workspace, int multi
   PrefillTask task = {};
   task.problem = p;
   task.patience = patience;
-  lay_out(&task, static_cast<char*>(workspace), multiprocessors);
-  const int64_t heads = task.heads(), each = task.capacity ? expanded_heads(p, task.kind) : heads;
+  const int rounds = lay_out(&task, static_cast<char*>(workspace), multiprocessors).rounds;
   cudaError_t error = launch_prepare_prefill(task, stream);
-  for (; task.round * each < heads && error == cudaSuccess; ++task.round) {
-    if (task.capacity) error = launch_expand(task, stream);
+  for (; task.round != rounds && error == cudaSuccess; ++task.round) {
+    if (task.tiles) error = launch_expand(task, stream);
     if (error != cudaSuccess) break;
     error = for_tuned_dim(p.D, [&](auto dim) {
       return task.kind == PrefillKind::hopper ? launch_prefill_dim<dim>(task, stream)

@@ -87,7 +87,7 @@ class Prefill : PrefillRows<D> {
     // What came before the kernels of this call is done, since the first of them has waited for it.
     // Of these, only the rotation's images are needed, and a count (claim_shares); or more.
     if (!kFused || task.sights) wait_for_previous_kernel();
-    block.round_ = kFused ? PrefillTask::Round{0, task.heads(), 0, task.splits} : task.find_round();
+    block.round_ = kFused ? task.fused_round() : task.find_round();
     if (threadIdx.x < 256) {
       take_registers<S::kUsed>();
       block.consume();
@@ -176,7 +176,7 @@ class Prefill : PrefillRows<D> {
       for (int j = last_seen(at, at.end - 1); j >= at.begin;
            j = last_seen(at, j - 1), ++m, n += 2) {
         const char* const tile =
-            task_.tiles + (static_cast<int64_t>(at.slot) * round_.tiles + j) * tile_bytes_of(D);
+            task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
         wait_free(n);
         barrier_expect(full(n), S::kImage + norm_bytes_of(D));
         copy_operand(norms(m), tile + 2 * S::kImage, norm_bytes_of(D), full(n));
@@ -226,6 +226,7 @@ class Prefill : PrefillRows<D> {
       attend(at);
       Share share = Share::kOwn;
       if (at.splits > 1) share = add_splits(at, o_, shared_ + S::kMerge, false);
+      if constexpr (!kFused) share = Base::carry(at, share, o_);
       if (share != Share::kNothing)
         store(at, share);
       else

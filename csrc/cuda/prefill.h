@@ -8,7 +8,8 @@
 //             on Hopper, up to D = 256
 //   expanded  a kernel before (prefill_expand.cu) writes the images of as many KV heads as fit
 //             into the workspace, a round; how many that are is found on the device, from the
-//             lengths there
+//             lengths there. Where not even one fits, its keys come in windows, a round each, and
+//             the sums of a slice of its rows are carried from one to the next
 // Where tiles of rows are too few for all multiprocessors, their keys are split: each block writes
 // its sums, and when all have, each adds up those of some rows (prefill_rows.cuh, add_splits).
 #pragma once
@@ -67,28 +68,32 @@ struct PrefillTask {
   char* rotation;  // images
   char* tiles;     // of a round: [KV head][tile], `capacity` in all; or null: fused
   int keys, capacity;
+  int windows;    // of a KV head's keys, at most
+  int slice;      // tiles of rows whose sums can be carried
+  float4* carry;  // [row tile of the slice][group]: sums as the threads hold them
   Sight* sights;  // [batch row of the mask][row tile][tile of `key_tiles`], or null: no mask
   int key_tiles;  // of the buffer
   int group;      // query heads to a KV head
   int row_tiles;  // of a KV head
   int splits;     // of a row tile's keys, at most
   int round;
-  // [KV head][row tile][warpgroup]: splits that are done, and in the upper half the shares that the
-  // last of them has to add up besides its own. Zero at first.
+  // [window][KV head][row tile][group]: splits that are done, and in the upper half the shares that
+  // the last of them has to add up besides its own. Zero at first.
   unsigned long long* done;
   int64_t patience;  // clocks that a block waits for others
-  // [KV head of the round][row tile][split][warpgroup]: sums as the threads hold them
-  // (prefill.cuh).
+  // [KV head of the round][row tile][split][group]: sums as the threads hold them.
   float4* partials;
   PrefillKind kind;
   int blocks;  // that attend at once
 
   TQ_HOST_DEVICE int heads() const { return static_cast<int>(problem.B * problem.Hkv); }
 
-  // The KV heads of this round: b · Hkv + h from `first` on, with room for `tiles` each, and the
-  // blocks that share a row tile of them.
+  // What is attended to in this round.
   struct Round {
-    int first, heads, tiles, splits;
+    int first, heads;         // KV heads: b · Hkv + h
+    int row_tile, row_tiles;  // of each: from .. on, so many
+    int window, tile, tiles;  // its number; tiles of keys from .. on, so many
+    int splits;               // blocks that share a row tile
   };
   __device__ Round find_round() const {
     int64_t longest = 1;
@@ -99,15 +104,37 @@ struct PrefillTask {
     const int parts = needed <= unsplit_tiles(static_cast<int>(problem.D))
                           ? 1
                           : min(splits, (needed + kLeastSplit - 1) / kLeastSplit);
-    int each = static_cast<int>(heads_of_round(heads(), max(capacity / needed, 1)));
+    if (needed > capacity) {
+      const Part window = part_of(needed, capacity, round);
+      const Part rows = part_of(row_tiles, slice, round / window.parts);
+      const int head = round / window.parts / rows.parts;
+      return {head,         head < heads(), rows.first,  rows.size,
+              window.index, window.first,   window.size, parts};
+    }
+    int each = static_cast<int>(heads_of_round(heads(), capacity / needed));
     // Of split row tiles all parts run at once.
     if (parts > 1) each = min(each, blocks / (row_tiles * parts));
     const int first = static_cast<int>(min(int64_t{round} * each, int64_t{heads()}));
-    return {first, min(each, heads() - first), needed, parts};
+    return {first, min(each, heads() - first), 0, row_tiles, 0, 0, needed, parts};
+  }
+  // Where the images are made as they are needed.
+  __device__ Round fused_round() const {
+    return {0, heads(), 0, row_tiles, 0, 0, key_tiles, splits};
+  }
+
+ private:
+  // The n-th of the parts, modulo their number, of `total` in parts of at most `most`.
+  struct Part {
+    int parts, index, first, size;
+  };
+  static __device__ Part part_of(int total, int most, int n) {
+    const int parts = (total + most - 1) / most, each = (total + parts - 1) / parts;
+    const int index = n % parts, first = min(index * each, total);
+    return {parts, index, first, min(each, total - first)};
   }
 };
 
-// A warpgroup's sums: of 64 rows and at most 256 columns, and the states of two rows of a thread.
+// A group's sums: of 64 rows and at most 256 columns, and the states of two rows of a thread.
 TQ_HOST_DEVICE constexpr int partial_words_of(int D) { return 128 * ((D < 256 ? D : 256) / 8 + 1); }
 
 // Makes the rotation's images, and zeroes `done`.

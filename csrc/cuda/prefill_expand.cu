@@ -63,7 +63,7 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared, int member
   const int end = static_cast<int>(total * (mine + 1) / crews);
   int fetched = -1;
   for (int i = static_cast<int>(total * mine / crews); i < end; ++i) {
-    const int item = round.first + i / round.tiles, j = i % round.tiles;
+    const int item = round.first + i / round.tiles, j = round.tile + i % round.tiles;
     const KeyRange keys(p, item / static_cast<int>(p.Hkv), item % static_cast<int>(p.Hkv));
     if (j * prefill_keys(D) >= keys.length || (j + 1) * prefill_keys(D) <= keys.start) continue;
     if (i != fetched) {
@@ -74,7 +74,7 @@ __device__ void make_images(const PrefillTask& task, uint32_t shared, int member
     if constexpr (kHopper)
       if (leads) bulk_stores_wait<0>();
     meet(1 + team, 128);
-    const bool more = j + 1 < round.tiles;
+    const bool more = j + 1 < round.tile + round.tiles;
     maker.take_norms(norms);
     maker.make(image, more ? j + 1 : j);
     fetched = more ? i + 1 : -1;

@@ -71,7 +71,8 @@ template <int D>
 class PortablePrefill : PrefillRows<D, PortableShape<D>::kParts> {
   using S = PortableShape<D>;
   using Base = PrefillRows<D, S::kParts>;
-  using Base::add_splits, Base::end_of, Base::find_factors, Base::find_rows, Base::finish;
+  using Base::add_splits, Base::carry, Base::end_of, Base::find_factors, Base::find_rows,
+      Base::finish;
   using Base::end_, Base::far_, Base::g_, Base::group_, Base::level_, Base::max_, Base::round_;
   using Base::fetch_query, Base::last_seen, Base::make_weights, Base::read_query, Base::rows;
   using Base::row_in_tile_, Base::shared_, Base::soften, Base::sum_, Base::t_, Base::task_;
@@ -172,8 +173,8 @@ class PortablePrefill : PrefillRows<D, PortableShape<D>::kParts> {
   // Part `part` of all tiles'; or if there is none, the rotation's first, for the result.
   __device__ void copy_tile(int number, const RowTile& at, int part) const {
     if (part < S::kParts * at.begin) return copy_rotation(number, 0);
-    const int64_t tile = static_cast<int64_t>(at.slot) * frame().round.tiles + part / S::kParts;
-    const char* const from = task_.tiles + tile * tile_bytes_of(D);
+    const char* const from =
+        task_.tiles + static_cast<int64_t>(at.images + part / S::kParts) * tile_bytes_of(D);
     copy_part(stage(number), from, part % S::kParts);
     copy_part(stage(number) + S::kPartBytes, from + image_bytes_of(D), part % S::kParts);
     const int byte = Thread().x * 16;
@@ -261,6 +262,7 @@ class PortablePrefill : PrefillRows<D, PortableShape<D>::kParts> {
     find_place();
     // Both groups go on together, or neither.
     if (at.splits > 1) share = add_splits(at, o_, shared_ + S::kMerge, true);
+    share = carry(at, share, o_);
     if (share != Share::kNothing) store(at, share);
   }
 

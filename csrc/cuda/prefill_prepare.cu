@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads)
   allow_next_kernel();
   const int thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
   if (task.splits > 1)
-    for (int i = thread; i < 2 * task.row_tiles * task.heads(); i += threads) task.done[i] = 0;
+    for (int i = thread; i < 2 * task.windows * task.row_tiles * task.heads(); i += threads)
+      task.done[i] = 0;
   const int image = thread / (kImage / 16), slab = thread / (kKeys * 8) % slabs_of(D);
   const int row = thread / 8 % kKeys, column = 64 * slab + 8 * ((thread ^ row) & 7);
   const int i = image * kKeys + row;

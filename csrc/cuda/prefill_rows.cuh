@@ -10,9 +10,11 @@ namespace tq::cuda {
 
 // One tile of rows, and the tiles of keys that it sees, as all warps of a block find it.
 struct RowTile : KeyRange {
-  int slot, item, part;       // of the round's KV heads; of all row tiles; of the round's
+  int images;                 // where tile 0 of its keys would be among those in the workspace
+  int item, part;             // of all row tiles and windows; of the round's
   int split, splits;          // of the row tile's keys
   int first_row, begin, end;  // of the KV head's; tiles of keys
+  bool more;                  // keys in the windows to come
   const Sight* sights;        // of each tile, if there is a mask
 };
 
@@ -38,14 +40,16 @@ class PrefillRows {
     const AttentionProblem& p = task_.problem;
     // Back and forth, for each tile has fewer keys than the one before.
     int i = n * gridDim.x + (n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    if (i >= round_.heads * task_.row_tiles * round_.splits) return false;
+    if (i >= round_.heads * round_.row_tiles * round_.splits) return false;
     at->split = i % round_.splits, i /= round_.splits;
-    at->slot = i % round_.heads;
-    const int head = round_.first + at->slot, heads = static_cast<int>(p.Hkv);
+    const int slot = i % round_.heads;
+    const int head = round_.first + slot, heads = static_cast<int>(p.Hkv);
     static_cast<KeyRange&>(*at) = KeyRange(p, head / heads, head % heads);
-    const int row_tile = task_.row_tiles - 1 - i / round_.heads;
-    at->item = head * task_.row_tiles + row_tile;
-    at->part = at->slot * task_.row_tiles + row_tile;
+    at->images = slot * round_.tiles - round_.tile;
+    const int row_of_round = round_.row_tiles - 1 - i / round_.heads;
+    const int row_tile = round_.row_tile + row_of_round;
+    at->item = (round_.window * task_.heads() + head) * task_.row_tiles + row_tile;
+    at->part = slot * round_.row_tiles + row_of_round;
     at->first_row = row_tile * prefill_rows(D);
     if (task_.sights)
       at->sights =
@@ -53,8 +57,14 @@ class PrefillRows {
           (static_cast<int64_t>(p.mask.stride[0] ? at->b : 0) * task_.row_tiles + row_tile) *
               task_.key_tiles;
     const int end = end_of(*at, min(at->first_row + prefill_rows(D), rows()) - 1);
-    at->begin = at->start / kKeys;
-    at->end = at->start < end ? (end + kKeys - 1) / kKeys : at->begin;
+    at->begin = at->start < end ? at->start / kKeys : 0;
+    at->end = at->start < end ? (end + kKeys - 1) / kKeys : 0;
+    // What has no keys in this window, nor in those to come, is done; so are all tiles of rows that
+    // follow, for they have no more.
+    if (round_.window > 0 && at->end <= round_.tile) return false;
+    const int after = round_.tile + round_.tiles;
+    at->more = at->end > after;
+    at->begin = min(max(at->begin, round_.tile), after), at->end = min(at->end, after);
     const int tiles = at->end - at->begin;
     const int each = tiles <= unsplit_tiles(D)
                          ? max(tiles, 1)
@@ -145,8 +155,7 @@ class PrefillRows {
   // Of an expanded tile, from the workspace: each lane has one of the flags of keys and values.
   __device__ uint32_t load_flag(const RowTile& at, int j) const {
     const int i = threadIdx.x % 8;
-    const char* const tile =
-        task_.tiles + (static_cast<int64_t>(at.slot) * round_.tiles + j) * tile_bytes_of(D);
+    const char* const tile = task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
     const char* const norms = tile + 2 * image_bytes_of(D) + i / 4 * key_norm_bytes_of(D);
     return __ldcg(reinterpret_cast<const uint32_t*>(norms) + i % 4);
   }
@@ -389,6 +398,43 @@ class PrefillRows {
       o[4 * i] = x.x, o[4 * i + 1] = x.y, o[4 * i + 2] = x.z, o[4 * i + 3] = x.w;
     }
     return result;
+  }
+
+  // Adds the sums of the windows before; where there are more to come, keeps them for these, and
+  // there is nothing to store yet.
+  template <int kSums>
+  __device__ Share carry(const RowTile& at, Share share, float (&o)[kSums]) {
+    const bool before = round_.window > 0;
+    if (share == kNothing || !(before || at.more)) return share;
+    float4* const kept = task_.carry +
+                         static_cast<int64_t>(2 * at.part + group_) * partial_words_of(D) +
+                         threadIdx.x % 128;
+    float4* const state = kept + 128 * (kSums / 4);
+    if (before && share == kOwn) {
+      const float4 x = *state;
+      const float theirs[2] = {x.x, x.y}, sums[2] = {x.z, x.w};
+      float own[2], other[2];
+      for (int r = 0; r < 2; ++r) {
+        const float top = fmaxf(max_[r], theirs[r]);
+        own[r] = exp2_fast(max_[r] - top), other[r] = exp2_fast(theirs[r] - top);
+        max_[r] = top, sum_[r] = fmaf(sums[r], other[r], sum_[r] * own[r]);
+      }
+#pragma unroll
+      for (int i = 0; i < kSums; i += 4) {
+        const float4 y = kept[32 * i];
+        o[i] = fmaf(y.x, other[0], o[i] * own[0]);
+        o[i + 1] = fmaf(y.y, other[0], o[i + 1] * own[0]);
+        o[i + 2] = fmaf(y.z, other[1], o[i + 2] * own[1]);
+        o[i + 3] = fmaf(y.w, other[1], o[i + 3] * own[1]);
+      }
+    }
+    if (!at.more) return share;
+    if (share == kOwn) {
+#pragma unroll
+      for (int i = 0; i < kSums; i += 4) kept[32 * i] = {o[i], o[i + 1], o[i + 2], o[i + 3]};
+      *state = {max_[0], max_[1], sum_[0], sum_[1]};
+    }
+    return kNothing;
   }
 
   // Counts this split, and waits until all are counted. Returns the shares of the rows that are

@@ -107,7 +107,7 @@ class WidePrefill : PrefillRows<512> {
     RowTile at;
     for (int i = 0; find_rows(i, &at); ++i) {
       const auto tile = [&](int j) {
-        return task_.tiles + (static_cast<int64_t>(at.slot) * round_.tiles + j) * tile_bytes_of(D);
+        return task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
       };
       for (int k = group; k < rotation_images(D); k += 2)
         copy_keys(group, &n, task_.rotation + k * S::kImage, nullptr, 0);
@@ -166,6 +166,7 @@ class WidePrefill : PrefillRows<512> {
       attend(at);
       Share share = kOwn;
       if (at.splits > 1) share = add_splits(at, o_, shared_ + S::kMerge, true);
+      share = carry(at, share, o_);
       if (share != kNothing)
         store(at, share);
       else

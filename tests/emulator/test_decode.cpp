@@ -742,13 +742,13 @@ int main(int argc, char** argv) {
       }
   } else if (mode == "prefill") {
     Case base;
-    base.prefill = 1, base.B = 2, base.Hq = 4, base.Hkv = 2, base.Lq = 77, base.Lkv = 300, base.sms = 3, base.causal = 1;
+    base.prefill = 1, base.B = 2, base.Hq = 6, base.Hkv = 2, base.Lq = 65, base.Lkv = 300, base.sms = 3, base.causal = 1;
     const std::vector<std::function<void(Case&)>> options = {
         [](Case&) {}, [](Case& c) { c.causal = 0; }, [](Case& c) { c.kvlen = 1; }, [](Case& c) { c.kvlen = 4; c.kvstart = 4; }, [](Case& c) { c.kvstart = 1; },
         [](Case& c) { c.mask = 1; }, [](Case& c) { c.mask = 2; c.causal = 0; }, [](Case& c) { c.mask = 3; c.density = 5; }, [](Case& c) { c.softcap = 2; },
         [](Case& c) { c.mask = 4; c.Lkv = 700; c.Lq = 200; c.B = 1; }, [](Case& c) { c.mask = 4; c.Lkv = 700; c.causal = 0; c.wild = 3; }, [](Case& c) { c.sinks = 1; }, [](Case& c) { c.sinks = 3; c.lse = 0; }, [](Case& c) { c.scale = -0.2f; }, [](Case& c) { c.ndtype = 0; }, [](Case& c) { c.ndtype = 3; },
-        [](Case& c) { c.wild = 1; }, [](Case& c) { c.wild = 8; }, [](Case& c) { c.wild = 3; c.mask = 1; }, [](Case& c) { c.wild = 5; }, [](Case& c) { c.wild = 4; },
-        [](Case& c) { c.Hq = 10; c.Lq = 31; c.qlayout = 1; c.olayout = 1; }, [](Case& c) { c.packed = 3; c.norms = 3; }, [](Case& c) { c.Lq = 200; c.Lkv = 90; },
+        [](Case& c) { c.wild = 1; }, [](Case& c) { c.wild = 8; c.dtype = 2; }, [](Case& c) { c.wild = 3; c.mask = 1; }, [](Case& c) { c.wild = 5; }, [](Case& c) { c.wild = 4; },
+        [](Case& c) { c.Hq = 10; c.Lq = 39; c.qlayout = 1; c.olayout = 1; }, [](Case& c) { c.packed = 3; c.norms = 3; }, [](Case& c) { c.Lq = 200; c.Lkv = 90; },
         [](Case& c) { c.kvlen = 5; c.fixedlen = 0; }};
     for (int D : kDims) {
       if (args.size() > 1 && D != number(1, 0)) continue;
@@ -759,23 +759,26 @@ int main(int argc, char** argv) {
         for (auto& change : changes) change(c);
         add(c);
       };
+      const int keys = D <= 128 ? 128 : 64, tile_kb = (D + 63) / 64 * keys / 4 + 2;
       for (size_t i = 0; i < options.size(); ++i) {
         add_changed({options[i]});
+        // Room for one or two tiles of keys: windows, and sums of one tile of rows are carried.
+        add_changed({options[i], [&](Case& c) { c.images = tile_kb * (1 + static_cast<int>(i) % 2); }});
         // Two kinds of options, and splits: a tile of rows, and tiles of keys for three blocks.
         const size_t j = (i + 1 + static_cast<size_t>(D) / 16 % 5) % options.size();
         if (i % 2) add_changed({options[i], options[j]});
         if (i % 4 == 2)
           add_changed({options[i], [&](Case& c) {
-            c.B = 1, c.Hq = c.Hkv = 1, c.Lq = 60, c.Lkv = D <= 128 ? 2500 : 1250, c.sms = 3 + static_cast<int>(i % 3), c.kvlen = c.kvlen == 4 ? 1 : c.kvlen;
+            c.B = 1, c.Hq = c.Hkv = 1, c.Lq = 193, c.Lkv = D <= 128 ? 2500 : 1250, c.sms = 3 + static_cast<int>(i % 3), c.kvlen = c.kvlen == 4 ? 1 : c.kvlen;
+            if (i % 8 == 2) c.images = tile_kb * 8;
           }});
       }
-      for (int Lkv : {1, 63, 64, 65, 128, 129, 0}) add_changed({[&](Case& c) { c.Lkv = Lkv, c.Lq = 48 + Lkv, c.Hq = 1, c.Hkv = 1; }});
+      for (int Lkv : {1, 63, 64, 65, 128, 129, 0}) add_changed({[&](Case& c) { c.Lkv = Lkv, c.Lq = 192 + Lkv, c.Hq = 1, c.Hkv = 1; }});
       // Room for the tiles of one KV head, or a little more: rounds.
-      const int keys = D <= 128 ? 128 : 64, tile_kb = (D + 63) / 64 * keys / 4 + 2;
       for (int tiles : {0, 1}) add_changed({[&](Case& c) { c.kvlen = 1 + tiles, c.images = tile_kb * (tiles + (c.Lkv + keys - 1) / keys); }});
       // Splits of contexts that are shorter than their buffer, and rounds of them.
       for (int length : {300, 1000, 1200}) add_changed({[&](Case& c) {
-        c.B = 1, c.Hq = c.Hkv = 2, c.Lq = 60, c.Lkv = 20 * keys, c.sms = 5, c.kvlen = 5, c.fixedlen = length;
+        c.B = 1, c.Hq = c.Hkv = 2, c.Lq = 193, c.Lkv = 20 * keys, c.sms = 5, c.kvlen = 5, c.fixedlen = length;
         if (length == 1200) c.Hq = c.Hkv = 4, c.images = tile_kb * 2 * 20;
       }});
     }
