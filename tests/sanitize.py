@@ -105,17 +105,21 @@ def attention_cases(dim: int) -> Iterator[Case]:
 
 
 def prefill_cases(dim: int) -> Iterator[Case]:
-    """Rows enough for the prefill kernels, fused and expanded, with keys in one block or split."""
+    """Rows enough for the prefill kernels: fused and expanded, with keys in one block or split, and
+    in windows."""
     if dim not in DIMS:
         return
-    for Lq, L, dtype in [(40, 700, torch.float16), (140, 1700, torch.bfloat16),
-                         (210, 900, torch.bfloat16), (450, 500, torch.float16)]:  # fmt: skip
+    for Lq, L, dtype, windows in [
+        (40, 700, torch.float16, False), (140, 1700, torch.bfloat16, False),
+        (210, 900, torch.bfloat16, True), (450, 500, torch.float16, False),
+    ]:  # fmt: skip
+        torch.ops.turboquant._cuda_prefill_images(300_000 if windows else 1 << 27)
         query, cache = (
             randn(1, 8, Lq, dim, seed=18, dtype=dtype),
             random_cache(1, 2, L, dim, seed=19),
         )
         length = torch.tensor([L - 77])
-        shape = f"tq4_attention {Lq} over {L} {dtype}"
+        shape = f"tq4_attention {Lq} over {L} {dtype}{', in windows' if windows else ''}"
         yield shape, ops.tq4_attention, (query, *cache.args), {"mask_is_causal": True}
         options: dict[str, Any] = {"kv_len": length, "kv_start": length // 3, "softcap": 3.0}
         yield f"{shape}, softcap", ops.tq4_attention, (query, *cache.args), options
