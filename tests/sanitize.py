@@ -113,7 +113,8 @@ def prefill_cases(dim: int) -> Iterator[Case]:
         (40, 700, torch.float16, False), (140, 1700, torch.bfloat16, False),
         (210, 900, torch.bfloat16, True), (450, 500, torch.float16, False),
     ]:  # fmt: skip
-        torch.ops.turboquant._cuda_prefill_images(300_000 if windows else 1 << 27)
+        tile = 256 * -(-dim // 64) * (128 if dim <= 128 else 64)  # bytes of the images of a tile
+        torch.ops.turboquant._cuda_prefill_images(4 * tile if windows else 1 << 27)
         query, cache = (
             randn(1, 8, Lq, dim, seed=18, dtype=dtype),
             random_cache(1, 2, L, dim, seed=19),
