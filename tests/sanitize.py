@@ -109,18 +109,19 @@ def prefill_cases(dim: int) -> Iterator[Case]:
     in windows."""
     if dim not in DIMS:
         return
-    for Lq, L, dtype, windows in [
-        (40, 700, torch.float16, False), (140, 1700, torch.bfloat16, False),
-        (210, 900, torch.bfloat16, True), (450, 500, torch.float16, False),
+    tile = 256 * -(-dim // 64) * (128 if dim <= 128 else 64)  # bytes of the images of a tile
+    for Lq, L, heads, images, dtype in [
+        (40, 700, 2, 1 << 27, torch.float16), (140, 1700, 2, 1 << 27, torch.bfloat16),
+        (210, 900, 2, 1 << 27, torch.bfloat16), (450, 500, 2, 1 << 27, torch.float16),
+        (97, 600, 1, (4 if dim <= 128 else 6) * tile, torch.bfloat16),  # two windows
     ]:  # fmt: skip
-        tile = 256 * -(-dim // 64) * (128 if dim <= 128 else 64)  # bytes of the images of a tile
-        torch.ops.turboquant._cuda_prefill_images(4 * tile if windows else 1 << 27)
+        torch.ops.turboquant._cuda_prefill_images(images)
         query, cache = (
             randn(1, 8, Lq, dim, seed=18, dtype=dtype),
-            random_cache(1, 2, L, dim, seed=19),
+            random_cache(1, heads, L, dim, seed=19),
         )
         length = torch.tensor([L - 77])
-        shape = f"tq4_attention {Lq} over {L} {dtype}{', in windows' if windows else ''}"
+        shape = f"tq4_attention {Lq} over {L} {dtype}"
         yield shape, ops.tq4_attention, (query, *cache.args), {"mask_is_causal": True}
         options: dict[str, Any] = {"kv_len": length, "kv_start": length // 3, "softcap": 3.0}
         yield f"{shape}, softcap", ops.tq4_attention, (query, *cache.args), options
