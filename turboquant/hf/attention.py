@@ -149,8 +149,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention over packed keys and values, or over dense ones where there is no other choice.
 
-    Dense keys and values come from layers in ``skip_layers``, from a dense cache of the caller's,
-    and from calls without a cache; they get transformers' SDPA with the mask spelled out.
+    Dense keys and values come from sliding windows, from layers in ``skip_layers``, from a dense
+    cache of the caller's, and from calls without a cache; they get transformers' SDPA with the mask
+    spelled out, or where that lacks a feature, :func:`_eager`.
 
     Args:
         module: the attention layer.
@@ -158,7 +159,7 @@ def attention(
         key, value: what the cache layer returned.
         attention_mask: as made by :func:`mask`, or a bool ``[B or 1, 1, Lq, Lkv]``.
         scaling: of the scores; None is ``1/sqrt(D)``.
-        softcap, s_aux: logit cap and attention sinks ``[Hq]``; packed layers only.
+        softcap, s_aux: logit cap and attention sinks ``[Hq]``.
         sliding_window: of this layer; the mask must already apply it.
         kwargs: names in :data:`HARMLESS_KWARGS`, or None.
 
@@ -188,16 +189,23 @@ def attention(
         # The op keeps the query's memory layout, so this is a view for every model we know.
         return out.transpose(1, 2).contiguous(), None
 
-    if softcap is not None:
-        _refuse("softcap over a dense cache")
-    if s_aux is not None:
-        _refuse("attention sinks (s_aux) over a dense cache")
     if sliding_window is not None and (attention_mask is None or _is_bounds(attention_mask)):
         _refuse("sliding_window without a bool mask")
     assert isinstance(value, Tensor)
-    explicit = _explicit(attention_mask, query.shape[2], key.shape[2], query.device)
+    Lq, Lkv = query.shape[2], key.shape[2]
+    if softcap is not None or s_aux is not None:
+        visible = _explicit(attention_mask, Lq, Lkv, query.device)
+        return _eager(query, key, value, visible, scaling, softcap, s_aux), None
+    # SDPA's own causal rule is top-left, which is ours if Lq = Lkv.
+    implied = attention_mask is None and Lq in (1, Lkv)
     return sdpa_attention_forward(
-        module, query, key, value, explicit, scaling=scaling, is_causal=is_causal
+        module,
+        query,
+        key,
+        value,
+        None if implied else _explicit(attention_mask, Lq, Lkv, query.device),
+        scaling=scaling,
+        is_causal=is_causal,
     )
 
 
@@ -224,13 +232,11 @@ def _packed(
 
 def _explicit(
     attention_mask: Tensor | None, Lq: int, Lkv: int, device: torch.device
-) -> Tensor | None:
-    """A mask that SDPA understands. Its own causal rule is top-left, which is ours if Lq = Lkv."""
+) -> Tensor:
+    """Any of the forms as a bool ``[B or 1, 1, Lq, Lkv]``."""
     start: int | Tensor
     end: int | Tensor
     if attention_mask is None:
-        if Lq in (1, Lkv):
-            return None
         start, end = 0, Lkv
     elif _is_bounds(attention_mask):
         start, end = attention_mask[..., :1], attention_mask[..., 1:]
@@ -240,6 +246,48 @@ def _explicit(
     row = torch.arange(Lq, device=device)[:, None]
     visible = (position >= start) & (position <= end - Lq + row)
     return visible.expand(-1 if visible.dim() == 4 else 1, 1, Lq, Lkv)
+
+
+# Scores that are formed at a time: 256 MB in float32.
+_SCORES = 1 << 26
+
+
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Dense attention with a logit cap or sinks, ``[B, Lq, Hq, D]``: some rows after the other.
+
+    Rows that see nothing are zeros.
+    """
+    B, Hq, Lq, D = query.shape
+    Hkv, Lkv = key.shape[1:3]
+    scale = D**-0.5 if scaling is None else scaling
+    rows = max(_SCORES // (B * Hq * Lkv), 1)
+    out = []
+    for first in range(0, Lq, rows):
+        q = query[:, :, first : first + rows]
+        seen = visible[:, :, first : first + rows].unsqueeze(2)
+        scores = (q.unflatten(1, (Hkv, -1)) @ key.mT.unsqueeze(2)).float() * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        if s_aux is not None:
+            sinks = s_aux.float().view(1, Hkv, -1, 1, 1)
+            top = torch.maximum(top, sinks)
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        if s_aux is not None:
+            total = total + (sinks - top).exp()
+        weights = weights / torch.where(total > 0, total, 1.0)
+        out.append((weights.to(value.dtype) @ value.unsqueeze(2)).flatten(1, 2))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
 
 def _refuse(what: str, instead: str | None = None) -> None:

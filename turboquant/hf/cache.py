@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
@@ -25,6 +26,7 @@ class TurboQuantCache(Cache):
         skip_layers: indices of layers to leave dense.
         k_norm, v_norm: norm policies of keys and values; see :func:`turboquant.compress`.
         seed: of the rotation.
+        offloading: keep the layers in host memory, but for the one at work and the next (CUDA).
 
     Attributes:
         capacity: max_cache_len.
@@ -54,6 +56,7 @@ class TurboQuantCache(Cache):
         k_norm: str = "l2",
         v_norm: str = "l2",
         seed: int = 42,
+        offloading: bool = False,
     ) -> None:
         for name, policy in {"k_norm": k_norm, "v_norm": v_norm}.items():
             if policy not in ("l2", "preserve", "unbiased"):
@@ -67,15 +70,14 @@ class TurboQuantCache(Cache):
             )
         config = config_of(config_or_model)
         report = plan(config_or_model, skip_layers)
-        codecs = {d: Codec(d, seed) for d in {layer.head_dim for layer in report.layers}}
+        planned_layers = [layer for layer in report.layers if layer.compressed]
+        codecs = {d: Codec(d, seed) for d in {layer.head_dim for layer in planned_layers}}
         # transformers knows which layers a model needs; the plan, which of them are replaced.
         if max_cache_len is None:
             layers: list[Any] = DynamicCache(config=config).layers
         else:
             layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
-        for planned in report.layers:
-            if not planned.compressed:
-                continue
+        for planned in planned_layers:
             assert type(layers[planned.index]) in (DynamicLayer, StaticLayer)
             codec = codecs[planned.head_dim]
             layers[planned.index] = (
@@ -83,14 +85,23 @@ class TurboQuantCache(Cache):
                 if max_cache_len is None
                 else StaticPackedLayer(codec, k_norm, v_norm, max_cache_len)
             )
-        super().__init__(layers=layers)
+            # Buffers that come and go have no address that a compiled graph could rely on.
+            layers[planned.index].is_compileable &= not offloading
+        super().__init__(layers=layers, offloading=offloading)
         self.capacity = max_cache_len
 
     @property
     def nbytes(self) -> int:
-        def held(layer: Any) -> int:
-            if isinstance(layer, PackedLayer):
-                return layer.nbytes
-            return layer.keys.nbytes + layer.values.nbytes if layer.is_initialized else 0
+        return sum(t.nbytes for layer in self.layers for t in _tensors(layer))
 
-        return sum(held(layer) for layer in self.layers)
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    """What a layer holds of the tokens, ours or one of transformers'."""
+    if isinstance(layer, PackedLayer):
+        yield from layer.buffers if layer.is_initialized else ()
+        return
+    for name in ("keys", "values", "conv_states", "recurrent_states"):
+        held = getattr(layer, name, None)
+        for tensor in held.values() if isinstance(held, dict) else (held,):
+            if isinstance(tensor, Tensor):
+                yield tensor

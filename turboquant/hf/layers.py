@@ -60,6 +60,15 @@ class PackedStates:
         self.rotation = rotation
         self.kv_len = kv_len
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedStates:
+        """On another device, as models ask for that share keys between layers."""
+        moved = PackedStates.__new__(PackedStates)
+        for name, tensor in vars(self).items():
+            setattr(
+                moved, name, None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            )
+        return moved
+
     _MESSAGE = (
         "these keys and values are compressed and only the attention function 'turboquant' can "
         "read them (asked for {}); use turboquant.hf.enable(model), or "
@@ -156,15 +165,17 @@ class PackedLayer(CacheLayerMixin):
         """The name of ``get_max_length`` before transformers 5.13."""
         return self.get_max_length()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, slack included."""
-        return sum(t.nbytes for t in self.buffers) if self.is_initialized else 0
-
     def offload(self) -> None:
-        raise UnsupportedError("TurboQuantCache does not support offloading yet")
+        """To host memory. Handles that ``update`` gave out keep what is on the device."""
+        self._move("cpu")
 
-    prefetch = offload
+    def prefetch(self) -> None:
+        """Back to the device of the layer."""
+        self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized:
+            self.buffers = self.buffers.map(lambda t: t.to(device, non_blocking=True))
 
 
 class DynamicPackedLayer(PackedLayer):
@@ -189,6 +200,7 @@ class DynamicPackedLayer(PackedLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.prefetch()
         length = self.length + key_states.shape[2]
         self._reserve(length)
         self._write(key_states, value_states, torch.arange(self.length, length, device=self.device))
@@ -237,7 +249,7 @@ class DynamicPackedLayer(PackedLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         if self.is_initialized:
-            indices = indices.to(self.device)
+            indices = indices.to(self.buffers.k_packed.device)  # which may be the host
             self.buffers = self.buffers.map(lambda t: t[indices])
             self.batch_size = self.buffers.k_packed.shape[0]
 
@@ -289,6 +301,8 @@ class StaticPackedLayer(PackedLayer):
             raise UnsupportedError(overflow(T, self.max_cache_len))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not self.is_compileable:
+            self.prefetch()
         positions = self.cumulative_length + torch.arange(T, device=self.device)
         torch._assert_async(
             positions[-1] < self.max_cache_len,
@@ -324,7 +338,7 @@ class StaticPackedLayer(PackedLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
-            beam_idx = beam_idx.to(self.device)
+            beam_idx = beam_idx.to(self.buffers.k_packed.device)  # which may be the host
             for tensor in self.buffers:  # in place: the addresses are promised to the graph
                 tensor.copy_(tensor[beam_idx])
 

@@ -97,12 +97,12 @@ def enable(
 
     earlier: _Patch | None = vars(model).get(_MARK)
     if earlier is not None:
-        _set_attention(model)
+        _set_attention(model, NAME)
         setattr(model, _MARK, _Patch(options, earlier.attention, earlier.methods))
         return report
 
-    attention = model.config._attn_implementation
-    _set_attention(model)
+    attention = _attention_of(model)
+    _set_attention(model, NAME)
     methods = {name: vars(model)[name] for name in _OURS if name in vars(model)}
     setattr(model, _MARK, _Patch(options, attention, methods))
     for name, function in _OURS.items():
@@ -121,7 +121,7 @@ def disable(model: PreTrainedModel) -> None:
         if name in patch.methods:
             setattr(model, name, patch.methods[name])
     delattr(model, _MARK)
-    model.set_attn_implementation(patch.attention)
+    _set_attention(model, patch.attention)
 
 
 @contextmanager
@@ -144,12 +144,27 @@ def enabled(model: PreTrainedModel, **options: Any) -> Iterator[Report]:
             enable(model, **earlier.cache_options)
 
 
-def _set_attention(model: PreTrainedModel) -> None:
-    """transformers only warns when it cannot; a model left dense would be our silent failure."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(before)
+def _attention_of(model: PreTrainedModel) -> str:
+    """What the decoder's attention layers go by."""
+    return model.config.get_text_config(decoder=True)._attn_implementation
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Of the decoder alone; a vision tower keeps its own.
+
+    transformers only warns when it cannot; a model left dense would be our silent failure.
+    """
+    config = model.config
+    decoder = config.get_text_config(decoder=True)
+    parts = [part for part in config.sub_configs if getattr(config, part, None) is decoder]
+
+    def use(name: str) -> None:
+        model.set_attn_implementation({part: name for part in parts} if parts else name)
+
+    before = decoder._attn_implementation
+    use(name)
+    if decoder._attn_implementation != name:
+        use(before)
         raise UnsupportedError(
             f"{type(model).__name__} does not take its attention function from transformers' "
             "registry (a class defined in a notebook cannot)"
@@ -166,9 +181,9 @@ def _prepare_cache_for_generation(
 ) -> None:
     """Stands before the method of the same name on an enabled model."""
     patch: _Patch = getattr(self, _MARK)
-    if self.config._attn_implementation != NAME:
+    if (attention := _attention_of(self)) != NAME:
         raise UnsupportedError(
-            f"the attention implementation was changed to {self.config._attn_implementation!r} "
+            f"the attention implementation was changed to {attention!r} "
             "after turboquant.hf.enable(model); enable the model again, or disable it"
         )
     cache = model_kwargs.get("past_key_values")

@@ -7,27 +7,53 @@ loaded. What cannot be compressed is refused, never quietly left dense.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 # Causal decoders that hand keys and values from the cache to the attention function unopened,
-# each of them tested in tests/hf/test_generate.py. Others may work; they are not tested.
+# each of them tested in tests/hf/test_families.py. Others may work; they are not tested.
 TESTED_MODEL_TYPES = (
+    "cohere",
+    "cohere2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt_oss",
     "granite",
+    "granitemoe",
     "llama",
+    "ministral",
     "mistral",
+    "mixtral",
     "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "smollm3",
 )
 # k_proj has a bias whatever the config says.
-ALWAYS_BIASED_KEYS = ("qwen2",)
+ALWAYS_BIASED_KEYS = ("gpt_oss", "phi", "qwen2", "qwen2_moe")
 
 
 class UnsupportedError(ValueError):
@@ -43,10 +69,11 @@ class LayerReport:
         kind: of attention.
         compressed: stored in 4 bits?
         reason: why not; empty for a compressed layer.
-        n_heads: KV heads H.
+        n_heads: KV heads H; 0 for a layer that stores no keys.
         head_dim: D.
-        dense_bytes: of one token's keys and values in the model's dtype.
-        packed_bytes: of one token's keys and values in 4 bits.
+        dense_bytes: of one stored token's keys and values in the model's dtype.
+        packed_bytes: of one stored token's keys and values in 4 bits.
+        window: tokens that it stores at most; None if its cache grows with the context.
     """
 
     index: int
@@ -57,10 +84,21 @@ class LayerReport:
     head_dim: int
     dense_bytes: int
     packed_bytes: int
+    window: int | None = None
 
     @property
     def bytes_per_token(self) -> int:
+        """Of a token that it stores, as planned."""
         return self.packed_bytes if self.compressed else self.dense_bytes
+
+    def __str__(self) -> str:
+        text = f"{self.kind}, {'4-bit' if self.compressed else 'dense'}"
+        if self.reason:
+            text += f", {self.reason}"
+        if self.n_heads:
+            text += f"; {self.n_heads} KV heads of {self.head_dim}, {self.bytes_per_token} bytes"
+            text += " a token" if self.window is None else " for each of its tokens"
+        return text
 
 
 @dataclass(frozen=True)
@@ -86,13 +124,13 @@ class Report:
 
     @property
     def dense_bytes(self) -> int:
-        """Of one token in all layers, were none compressed."""
-        return sum(layer.dense_bytes for layer in self.layers)
+        """That a token adds to the cache of a long context, were no layer compressed."""
+        return sum(layer.dense_bytes for layer in self.layers if layer.window is None)
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one token in all layers, as planned here."""
-        return sum(layer.bytes_per_token for layer in self.layers)
+        """That a token adds to the cache of a long context, as planned here."""
+        return sum(layer.bytes_per_token for layer in self.layers if layer.window is None)
 
     def __str__(self) -> str:
         if self.refusal is not None:
@@ -102,29 +140,27 @@ class Report:
             f"{self.model_type}: {len(self.compressed)} of {len(self.layers)} layers in 4 bits, "
             f"{self.bytes_per_token} instead of {self.dense_bytes} bytes a token ({ratio:.2f}x)"
         ]
-        for group in _runs(self.layers):
-            first, last = group[0], group[-1]
-            where = (
-                f"layers {first.index}-{last.index}" if len(group) > 1 else f"layer {first.index}"
-            )
-            how = "4-bit" if first.compressed else f"dense, {first.reason}"
-            lines.append(
-                f"  {where}: {first.kind}, {how}; {first.n_heads} KV heads of {first.head_dim}, "
-                f"{first.bytes_per_token} bytes a token"
-            )
+        alike: dict[str, list[int]] = {}
+        for layer in self.layers:
+            alike.setdefault(str(layer), []).append(layer.index)
+        lines += [f"  {_ranges(indices)}: {text}" for text, indices in alike.items()]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
-def _runs(layers: Iterable[LayerReport]) -> list[list[LayerReport]]:
-    """Neighbouring layers that differ in nothing but their index, together."""
-    runs: list[list[LayerReport]] = []
-    for layer in layers:
-        if runs and replace(runs[-1][-1], index=layer.index) == layer:
-            runs[-1].append(layer)
+def _ranges(indices: list[int]) -> str:
+    """
+    >>> _ranges([0, 1, 2, 5, 7, 8]), _ranges([3])
+    ('layers 0-2, 5, 7-8', 'layer 3')
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
         else:
-            runs.append([layer])
-    return runs
+            runs.append([index])
+    names = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(names)}"
 
 
 def diagnose(model_or_config: PreTrainedModel | PretrainedConfig) -> Report:
@@ -168,33 +204,61 @@ def plan(
         ValueError: a layer to skip does not exist.
     """
     config = config_of(model_or_config)
+    text_config = config.get_text_config(decoder=True)
     _refuse_model(config)
-    n_layers = config.num_hidden_layers
+    n_layers = text_config.num_hidden_layers
     skipped = set(skip_layers)
     if unknown := sorted(i for i in skipped if not 0 <= i < n_layers):
         raise ValueError(f"skip_layers must name layers from 0 to {n_layers - 1}, got {unknown}")
-    if len(skipped) == n_layers:
-        raise UnsupportedError("nothing to compress: skip_layers names all layers")
-
-    n_heads, head_dim = _kv_shape(config)
-    if head_dim % 2 or not 16 <= head_dim <= 512:
-        raise UnsupportedError(f"its head dim {head_dim} is not an even number from 16 to 512")
-    dense_bytes = 2 * n_heads * head_dim * _dtype(model_or_config).itemsize
-    packed_bytes = 2 * n_heads * (head_dim // 2 + 2)
+    itemsize = _dtype(model_or_config).itemsize
     layers = tuple(
-        LayerReport(
-            index=i,
-            kind="full attention",
-            compressed=i not in skipped,
-            reason="in skip_layers" if i in skipped else "",
-            n_heads=n_heads,
-            head_dim=head_dim,
-            dense_bytes=dense_bytes,
-            packed_bytes=packed_bytes,
-        )
-        for i in range(n_layers)
+        _plan_layer(text_config, i, native, itemsize, i in skipped)
+        for i, native in enumerate(_native_layers(config))
     )
-    return Report(config.model_type, layers, tuple(_warnings(model_or_config, config)))
+    if not any(layer.compressed for layer in layers):
+        raise UnsupportedError("nothing to compress: skip_layers names all layers")
+    return Report(config.model_type, layers, tuple(_warnings(model_or_config, text_config)))
+
+
+def _plan_layer(
+    config: PretrainedConfig, index: int, native: Any, itemsize: int, skipped: bool
+) -> LayerReport:
+    """What becomes of a layer that transformers itself would make `native` for."""
+    kind, window = _kind(native)
+    n_heads, head_dim = (0, 0) if window == 0 else _kv_shape(config, index)
+    compressed = window is None and not skipped
+    if compressed and (head_dim % 2 or not 16 <= head_dim <= 512):
+        raise UnsupportedError(
+            f"the head dim {head_dim} of layer {index} is not an even number from 16 to 512"
+        )
+    if window is not None:
+        reason = "its cache does not grow" if n_heads else ""
+    else:
+        reason = "in skip_layers" if skipped else ""
+    return LayerReport(
+        index=index,
+        kind=kind,
+        compressed=compressed,
+        reason=reason,
+        n_heads=n_heads,
+        head_dim=head_dim,
+        dense_bytes=2 * n_heads * head_dim * itemsize,
+        packed_bytes=2 * n_heads * (head_dim // 2 + 2) if n_heads else 0,
+        window=window,
+    )
+
+
+def _kind(native: Any) -> tuple[str, int | None]:
+    """Name and window of a native layer; None is one that has none of its own."""
+    if type(native) is DynamicLayer:
+        return "full attention", None
+    if type(native) is DynamicSlidingWindowLayer:
+        return f"sliding window of {native.sliding_window}", native.sliding_window
+    if type(native) is LinearAttentionLayer:
+        return "linear attention", 0
+    if native is None or type(native).__name__ == "DummyLayer":
+        return "keys of another layer", 0
+    raise UnsupportedError(f"layers of type {type(native).__name__} are not supported")
 
 
 def config_of(model_or_config: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
@@ -212,47 +276,49 @@ def _refuse_model(config: PretrainedConfig) -> None:
     text_config = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError("encoder-decoder models are not supported")
-    if getattr(config, "add_cross_attention", False):
+    if getattr(text_config, "add_cross_attention", False):
         raise UnsupportedError("cross-attention is not supported")
-    if text_config is not config:
-        raise UnsupportedError("multimodal models are not supported yet")
-    if not getattr(config, "is_causal", True):
+    if not getattr(text_config, "is_causal", True):
         raise UnsupportedError("its attention is bidirectional (is_causal=False)")
-    if getattr(config, "kv_lora_rank", None) is not None:
+    if getattr(text_config, "kv_lora_rank", None) is not None:
         raise UnsupportedError(
             "multi-head latent attention (kv_lora_rank) already caches a compressed vector"
         )
-    kinds = {type(layer) for layer in _native_layers(config)}
-    found = ", ".join(sorted(kind.__name__ for kind in kinds - {DynamicLayer}))
-    if DynamicLayer not in kinds:
+    layers = _native_layers(config)
+    if DynamicLayer not in map(type, layers):
+        found = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         raise UnsupportedError(
             f"nothing to compress: no layer has full attention (found {found}, whose cache does "
             "not grow with the context); stay with the dense cache"
         )
-    if found:
+    if text_config.model_type not in TESTED_MODEL_TYPES:
         raise UnsupportedError(
-            f"full attention mixed with other layers is not supported yet (found {found})"
-        )
-    if config.model_type not in TESTED_MODEL_TYPES:
-        raise UnsupportedError(
-            f"model type {config.model_type!r} is not tested yet; tested are "
+            f"model type {text_config.model_type!r} is not tested yet; tested are "
             f"{', '.join(TESTED_MODEL_TYPES)}"
         )
 
 
 def _native_layers(config: PretrainedConfig) -> list[Any]:
-    """The layers of the dense cache that transformers itself would build."""
+    """The layers of the dense cache that transformers itself would build.
+
+    None stands for the last ones where they use the keys of others: older versions leave these out.
+    """
     try:
-        return DynamicCache(config=config).layers
+        layers: list[Any] = DynamicCache(config=config).layers
+        missing = config.get_text_config(decoder=True).num_hidden_layers - len(layers)
     except Exception as error:  # whatever a foreign config lacks
         raise UnsupportedError(f"transformers builds no cache for it ({error})") from error
+    if not layers:
+        raise UnsupportedError("this version of transformers builds no cache for it")
+    return layers + [None] * missing
 
 
-def _kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """KV heads and head dim."""
-    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None)
-    return n_heads, head_dim or config.hidden_size // config.num_attention_heads
+def _kv_shape(config: PretrainedConfig, index: int) -> tuple[int, int]:
+    """KV heads and head dim of a layer."""
+    layer = config.per_layer_config[index] if hasattr(config, "per_layer_config") else config
+    n_heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    head_dim = getattr(layer, "head_dim", None)
+    return n_heads, head_dim or layer.hidden_size // layer.num_attention_heads
 
 
 def _dtype(model_or_config: PreTrainedModel | PretrainedConfig) -> torch.dtype:
