@@ -283,29 +283,43 @@ def test_refused_arguments(
     attention(Layer(), q, *states, None, output_attentions=False, sliding_window=None, **harmless)
 
 
-def test_dense_keys_with_softcap_or_sinks_are_refused(qkv: tuple[Tensor, Tensor, Tensor]) -> None:
-    with pytest.raises(UnsupportedError, match="softcap over a dense cache"):
-        attention(Layer(), *qkv, None, softcap=20.0)
-    with pytest.raises(UnsupportedError, match="sinks .* over a dense cache"):
-        attention(Layer(), *qkv, None, s_aux=torch.zeros(4))
-
-
 @pytest.mark.parametrize("sink_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dense", [False, True])
 def test_scaling_softcap_and_sinks(
-    qkv: tuple[Tensor, Tensor, Tensor], sink_dtype: torch.dtype
+    qkv: tuple[Tensor, Tensor, Tensor],
+    dense: bool,
+    softcap: float | None,
+    sink_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("turboquant.hf.attention._SCORES", 200)  # dense: in parts of few rows
     q, k, v = qkv
-    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=sink_dtype)
-    out, weights = attention(
-        Layer(), q, packed(k), packed(v), None, scaling=0.3, softcap=2.0, s_aux=sinks
-    )
-    k, v = (round_trip(x).repeat_interleave(2, dim=1) for x in (k, v))
-    scores = 2 * torch.tanh(q @ k.mT * 0.3 / 2)
-    scores = scores.masked_fill(~causal(torch.zeros(2), 2, 5), -torch.inf)
-    with_sink = torch.cat((scores, sinks.float().view(1, 4, 1, 1).expand(2, 4, 5, 1)), -1)
-    want = with_sink.softmax(-1)[..., :-1] @ v
-    torch.testing.assert_close(out, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
-    assert weights is None
+    (Lq, Lkv), start = (q.shape[2], k.shape[2]), torch.tensor([0, 2])
+    lower_right = causal(torch.zeros(2), 2, Lq)
+    padded = torch.arange(Lkv) >= start.view(2, 1, 1, 1)
+    some = torch.rand(2, 1, Lq, Lkv, generator=torch.Generator().manual_seed(5)) < 0.5
+    some[1, :, 1] = False  # zeros, not the mean of all values
+    bounds = torch.stack((start, torch.full((2,), Lkv)), -1).int().view(2, 1, 1, 2)
+    states = (k, v) if dense else (packed(k), packed(v))
+    if not dense:
+        k, v = round_trip(k), round_trip(v)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    for sinks in (None, torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=sink_dtype)):
+        if dense and softcap is None and sinks is None:
+            continue  # SDPA
+        options = {"scaling": 0.3, "softcap": softcap, "s_aux": sinks}
+        for mask, visible in [(None, lower_right), (bounds, lower_right & padded), (some, some)]:
+            out, weights = attention(Layer(), q, *states, mask, **options)
+            scores = q @ k.mT * 0.3
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~visible, -torch.inf)
+            column = torch.full((4,), -torch.inf) if sinks is None else sinks.float()
+            with_sink = torch.cat((scores, column.view(1, 4, 1, 1).expand(2, 4, Lq, 1)), -1)
+            want = with_sink.softmax(-1)[..., :-1].nan_to_num() @ v
+            torch.testing.assert_close(out, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+            assert weights is None
     assert out.is_contiguous()
 
 

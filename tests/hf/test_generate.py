@@ -12,9 +12,8 @@ pytest.importorskip("transformers")
 from transformers.generation import CompileConfig
 
 from turboquant.hf import TurboQuantCache, enabled
-from turboquant.hf.support import TESTED_MODEL_TYPES
 
-from .tiny import VOCAB, case, generate, oracle_cache, tiny_model
+from .tiny import case, generate, oracle_cache, tiny_model
 
 KINDS = pytest.mark.parametrize("max_cache_len", [None, 64], ids=["dynamic", "static"])
 
@@ -32,18 +31,6 @@ def test_greedy(
     layers = 2 if dtype == torch.float32 else 1
     oracle = case(family, rows, dtype, head_dim=head_dim, num_hidden_layers=layers)
     with enabled(oracle.model, max_cache_len=max_cache_len):
-        oracle.check(*generate(oracle.model, oracle.ids, oracle.mask))
-
-
-@KINDS
-@pytest.mark.parametrize("family", sorted(set(TESTED_MODEL_TYPES) - {"llama", "qwen3"}))
-def test_every_supported_family(family: str, max_cache_len: int | None) -> None:
-    options: dict[str, Any] = {"mistral": {"sliding_window": None}}.get(family, {})
-    if family == "qwen3_moe":
-        options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    oracle = case(family, 3, **options)
-    with enabled(oracle.model, max_cache_len=max_cache_len) as report:
-        assert report.compressed == [0, 1]
         oracle.check(*generate(oracle.model, oracle.ids, oracle.mask))
 
 
@@ -124,7 +111,6 @@ def test_assisted(how: str, max_cache_len: int | None, monkeypatch: pytest.Monke
     monkeypatch.setattr(TurboQuantCache, "crop", spy)
     # Single tokens of the prompt, so that there is often something to look up.
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
-    options["eos_token_id"] = VOCAB  # never comes; but transformers 5.5 cannot do without
     if how == "assistant":
         options = {"assistant_model": tiny_model("llama", seed=1)}
     with enabled(oracle.model, max_cache_len=max_cache_len):

@@ -283,7 +283,7 @@ for new, old in zip((A._global_mapping, M._global_mapping), before):
     ("version", "message"),
     [
         (None, r"turboquant.hf needs transformers: pip install 'turboquant-tq4\[hf\]'"),
-        ("5.4.2", "needs transformers 5.5 or newer, found 5.4.2: pip install -U"),
+        ("5.15.1", "needs transformers 5.16 or newer, found 5.15.1: pip install -U"),
     ],
 )
 def test_without_a_suitable_transformers(version: str | None, message: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, BertConfig, LlamaConfig
 from turboquant.hf import TurboQuantCache, UnsupportedError, diagnose, enable
 from turboquant.hf.support import plan
 
-from .tiny import tiny_config, tiny_model
+from .tiny import FAMILIES, tiny_config, tiny_model
 
 
 def family(name: str, **options: Any) -> Any:
@@ -30,14 +30,12 @@ REFUSED = [
         "nothing to compress: .*SlidingWindowLayer.*stay with the dense",
     ),
     (lambda: family("mamba2"), "nothing to compress|builds no cache"),
-    (lambda: family("gemma3_text"), "mixed with other layers .* DynamicSlidingWindowLayer"),
-    (lambda: family("qwen3_next"), "mixed with other layers .* LinearAttention"),
-    (lambda: family("gemma3"), "multimodal models are not supported yet"),
-    (lambda: family("gpt2"), "model type 'gpt2' is not tested yet; tested are granite, llama"),
+    (lambda: family("gpt2"), "model type 'gpt2' is not tested yet; tested are cohere, cohere2"),
+    (lambda: family("falcon_h1"), "nothing to compress|LinearAttentionAndFullAttentionLayer"),
     (lambda: BertConfig(is_decoder=False), "model type 'bert' is not tested yet"),
     (lambda: tiny_config(is_causal=False), r"bidirectional \(is_causal=False\)"),
-    (lambda: tiny_config(head_dim=8), "head dim 8 is not an even number from 16 to 512"),
-    (lambda: tiny_config(head_dim=514), "head dim 514 is not an even number"),
+    (lambda: tiny_config(head_dim=8), "head dim 8 of layer 0 is not an even number from 16 to 512"),
+    (lambda: tiny_config(head_dim=514), "head dim 514 of layer 0 is not an even number"),
 ]
 
 
@@ -71,8 +69,24 @@ def test_report() -> None:
     assert report.bytes_per_token == 3 * packed + dense
     assert str(report).splitlines() == [
         "llama: 3 of 4 layers in 4 bits, 920 instead of 2048 bytes a token (2.23x)",
-        "  layers 0-1: full attention, 4-bit; 2 KV heads of 64, 136 bytes a token",
+        "  layers 0-1, 3: full attention, 4-bit; 2 KV heads of 64, 136 bytes a token",
         "  layer 2: full attention, dense, in skip_layers; 2 KV heads of 64, 512 bytes a token",
+    ]
+
+
+def test_reports_of_layers_that_stay_dense() -> None:
+    _, options = FAMILIES["gemma4, shared layers"]
+    assert str(plan(tiny_config("gemma4_text", dtype="bfloat16", **options))).splitlines() == [
+        "gemma4_text: 1 of 4 layers in 4 bits, 264 instead of 1024 bytes a token (3.88x)",
+        "  layer 0: sliding window of 6, dense, its cache does not grow; 2 KV heads of 64, "
+        "512 bytes for each of its tokens",
+        "  layer 1: full attention, 4-bit; 2 KV heads of 128, 264 bytes a token",
+        "  layers 2-3: the keys of another layer",
+    ]
+    _, options = FAMILIES["qwen3_5"]
+    assert str(plan(tiny_config("qwen3_5_text", dtype="bfloat16", **options))).splitlines() == [
+        "qwen3_5_text: 1 of 4 layers in 4 bits, 136 instead of 512 bytes a token (3.76x)",
+        "  layers 0-2: linear attention, whose state does not grow",
         "  layer 3: full attention, 4-bit; 2 KV heads of 64, 136 bytes a token",
     ]
 

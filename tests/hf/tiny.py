@@ -137,7 +137,10 @@ def tiny_model(
 ) -> Any:
     torch.manual_seed(seed)
     config = tiny_config(family, **overrides)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # SDPA of older versions leaves the logit cap out.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return model.eval()
 
 
 @functools.cache

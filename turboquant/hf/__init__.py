@@ -22,9 +22,9 @@ except ImportError as error:
         "turboquant.hf needs transformers: pip install 'turboquant-tq4[hf]'"
     ) from error
 
-if _Version(_transformers.__version__).release < (5, 5):
+if _Version(_transformers.__version__).release < (5, 16):
     raise ImportError(
-        f"turboquant.hf needs transformers 5.5 or newer, found {_transformers.__version__}: "
+        f"turboquant.hf needs transformers 5.16 or newer, found {_transformers.__version__}: "
         "pip install -U 'turboquant-tq4[hf]'"
     )
 

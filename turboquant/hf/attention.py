@@ -230,9 +230,7 @@ def _packed(
     )[0]  # fmt: skip
 
 
-def _explicit(
-    attention_mask: Tensor | None, Lq: int, Lkv: int, device: torch.device
-) -> Tensor:
+def _explicit(attention_mask: Tensor | None, Lq: int, Lkv: int, device: torch.device) -> Tensor:
     """Any of the forms as a bool ``[B or 1, 1, Lq, Lkv]``."""
     start: int | Tensor
     end: int | Tensor

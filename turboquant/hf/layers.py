@@ -65,7 +65,9 @@ class PackedStates:
         moved = PackedStates.__new__(PackedStates)
         for name, tensor in vars(self).items():
             setattr(
-                moved, name, None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+                moved,
+                name,
+                None if tensor is None else tensor.to(device, non_blocking=non_blocking),
             )
         return moved
 
@@ -161,10 +163,6 @@ class PackedLayer(CacheLayerMixin):
         keys = PackedStates(buffers.k_packed, buffers.k_norms, *constants)
         return keys, PackedStates(buffers.v_packed, buffers.v_norms, *constants)
 
-    def get_max_cache_shape(self) -> int:
-        """The name of ``get_max_length`` before transformers 5.13."""
-        return self.get_max_length()
-
     def offload(self) -> None:
         """To host memory. Handles that ``update`` gave out keep what is on the device."""
         self._move("cpu")
@@ -237,8 +235,8 @@ class DynamicPackedLayer(PackedLayer):
         """Drop the last tokens.
 
         Args:
-            tokens: minus the number to drop; or, before transformers 5.15, the length to keep
-                if it is above 0.
+            tokens: minus the number to drop; or, before transformers 5.18, the length to keep
+                if it is above 0. A tensor is read, which waits for the device.
         """
         tokens = int(tokens)
         self.length = min(self.length, tokens) if tokens > 0 else max(self.length + tokens, 0)

@@ -92,13 +92,14 @@ class LayerReport:
         return self.packed_bytes if self.compressed else self.dense_bytes
 
     def __str__(self) -> str:
-        text = f"{self.kind}, {'4-bit' if self.compressed else 'dense'}"
-        if self.reason:
-            text += f", {self.reason}"
-        if self.n_heads:
-            text += f"; {self.n_heads} KV heads of {self.head_dim}, {self.bytes_per_token} bytes"
-            text += " a token" if self.window is None else " for each of its tokens"
-        return text
+        if not self.n_heads:
+            return self.kind
+        how = "4-bit" if self.compressed else f"dense, {self.reason}"
+        return (
+            f"{self.kind}, {how}; {self.n_heads} KV heads of {self.head_dim}, "
+            f"{self.bytes_per_token} bytes "
+            f"{'a token' if self.window is None else 'for each of its tokens'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -231,10 +232,9 @@ def _plan_layer(
         raise UnsupportedError(
             f"the head dim {head_dim} of layer {index} is not an even number from 16 to 512"
         )
-    if window is not None:
-        reason = "its cache does not grow" if n_heads else ""
-    else:
-        reason = "in skip_layers" if skipped else ""
+    reason = ""
+    if not compressed and n_heads:
+        reason = "in skip_layers" if window is None else "its cache does not grow"
     return LayerReport(
         index=index,
         kind=kind,
@@ -255,9 +255,9 @@ def _kind(native: Any) -> tuple[str, int | None]:
     if type(native) is DynamicSlidingWindowLayer:
         return f"sliding window of {native.sliding_window}", native.sliding_window
     if type(native) is LinearAttentionLayer:
-        return "linear attention", 0
+        return "linear attention, whose state does not grow", 0
     if native is None or type(native).__name__ == "DummyLayer":
-        return "keys of another layer", 0
+        return "the keys of another layer", 0
     raise UnsupportedError(f"layers of type {type(native).__name__} are not supported")
 
 
