@@ -309,8 +309,8 @@ def test_scaling_softcap_and_sinks(
         if dense and softcap is None and sinks is None:
             continue  # SDPA
         options = {"scaling": 0.3, "softcap": softcap, "s_aux": sinks}
-        for mask, visible in [(None, lower_right), (bounds, lower_right & padded), (some, some)]:
-            out, weights = attention(Layer(), q, *states, mask, **options)
+        for given, visible in [(None, lower_right), (bounds, lower_right & padded), (some, some)]:
+            out, weights = attention(Layer(), q, *states, given, **options)
             scores = q @ k.mT * 0.3
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)

@@ -115,8 +115,10 @@ def test_dtype_comes_from_the_model_or_its_config() -> None:
      ("qwen3", {}, False)],
 )  # fmt: skip
 def test_key_bias_is_reported(name: str, options: dict[str, Any], biased: bool) -> None:
-    for subject in (tiny_config(name, **options), tiny_model(name, **options)):
-        assert any("k_proj has a bias" in w for w in diagnose(subject).warnings) is biased
+    report = diagnose(tiny_config(name, **options))
+    assert any("k_proj has a bias" in w for w in report.warnings) is biased
+    assert [layer.k_offset for layer in report.layers] == [biased, biased]
+    assert all(layer.key_noise is None for layer in report.layers)
 
 
 def test_a_configured_dense_cache_is_reported() -> None:

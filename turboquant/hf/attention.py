@@ -223,11 +223,24 @@ def _packed(
         assert attention_mask is not None
         kv_start = attention_mask[:, 0, 0, 0].contiguous()
         attention_mask = None
-    return tq4_attention(
+    sinks = None if s_aux is None else s_aux.float()
+    if key.offset is not None and softcap is not None:
+        _refuse("softcap over keys with an offset", "use k_offset=False")
+    centred = key.offset is not None and sinks is not None
+    out, lse = tq4_attention(
         query, key.packed, key.norms, value.packed, value.norms, key.centroids, key.rotation,
         attention_mask, False, scaling, key.kv_len, attention_mask is None,
-        kv_start=kv_start, softcap=softcap, sinks=None if s_aux is None else s_aux.float(),
-    )[0]  # fmt: skip
+        kv_start=kv_start, softcap=softcap, sinks=None if centred else sinks,
+    )  # fmt: skip
+    if centred:
+        assert key.offset is not None
+        assert sinks is not None
+        # The offset has been taken out of all scores, but a sink is to be compared with the whole.
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        common = query.unflatten(1, (key.offset.shape[1], -1)).float() @ key.offset.unsqueeze(2).mT
+        lse = lse + scale * common.flatten(1, 2).squeeze(-1)
+        out = out * torch.sigmoid(lse - sinks.view(1, -1, 1)).to(out.dtype).unsqueeze(-1)
+    return out
 
 
 def _explicit(attention_mask: Tensor | None, Lq: int, Lkv: int, device: torch.device) -> Tensor:

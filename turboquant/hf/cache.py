@@ -23,7 +23,10 @@ class TurboQuantCache(Cache):
         config_or_model: of the model that it is for.
         max_cache_len: capacity in tokens. None grows with the context (up to a quarter of the
             buffers is slack); a number allocates once and suits compiled decoding.
-        skip_layers: indices of layers to leave dense.
+        skip_layers: indices of layers to leave dense; None: those whose keys 4 bits would spoil
+            (:func:`turboquant.hf.diagnose` tells).
+        k_offset: indices of layers whose keys are stored without the mean of the first ones; True
+            is all, False none; None: where it is of use. Exact under the softmax.
         k_norm, v_norm: norm policies of keys and values; see :func:`turboquant.compress`.
         seed: of the rotation.
         offloading: keep the layers in host memory, but for the one at work and the next (CUDA).
@@ -52,7 +55,8 @@ class TurboQuantCache(Cache):
         config_or_model: PreTrainedModel | PretrainedConfig,
         max_cache_len: int | None = None,
         *,
-        skip_layers: Iterable[int] = (),
+        skip_layers: Iterable[int] | None = None,
+        k_offset: Iterable[int] | bool | None = None,
         k_norm: str = "l2",
         v_norm: str = "l2",
         seed: int = 42,
@@ -69,7 +73,7 @@ class TurboQuantCache(Cache):
                 f"TurboQuantCache: max_cache_len must be at least 1, got {max_cache_len}"
             )
         config = config_of(config_or_model)
-        report = plan(config_or_model, skip_layers)
+        report = plan(config_or_model, skip_layers, k_offset)
         planned_layers = [layer for layer in report.layers if layer.compressed]
         codecs = {d: Codec(d, seed) for d in {layer.head_dim for layer in planned_layers}}
         # transformers knows which layers a model needs; the plan, which of them are replaced.
@@ -81,14 +85,25 @@ class TurboQuantCache(Cache):
             assert type(layers[planned.index]) in (DynamicLayer, StaticLayer)
             codec = codecs[planned.head_dim]
             layers[planned.index] = (
-                DynamicPackedLayer(codec, k_norm, v_norm)
+                DynamicPackedLayer(codec, k_norm, v_norm, planned.k_offset)
                 if max_cache_len is None
-                else StaticPackedLayer(codec, k_norm, v_norm, max_cache_len)
+                else StaticPackedLayer(codec, k_norm, v_norm, max_cache_len, planned.k_offset)
             )
             # Buffers that come and go have no address that a compiled graph could rely on.
             layers[planned.index].is_compileable &= not offloading
         super().__init__(layers=layers, offloading=offloading)
         self.capacity = max_cache_len
+
+    def note_padding(self, attention_mask: Tensor) -> None:
+        """Keep padding out of key offsets. ``generate()`` of an enabled model calls it; without it,
+        what is padding counts as a token there (and nowhere else).
+
+        Args:
+            attention_mask: ``[B, tokens]``, 0 or False for padding, from the first token on.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer) and layer.k_offset:
+                layer.real = attention_mask.bool()
 
     @property
     def nbytes(self) -> int:

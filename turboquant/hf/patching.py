@@ -47,10 +47,12 @@ def enable(
     model: PreTrainedModel,
     *,
     max_cache_len: int | None = None,
-    skip_layers: Iterable[int] = (),
+    skip_layers: Iterable[int] | None = None,
+    k_offset: Iterable[int] | bool | None = None,
     k_norm: str = "l2",
     v_norm: str = "l2",
     seed: int = 42,
+    offloading: bool = False,
 ) -> Report:
     """Make every ``model.generate()`` use a fresh :class:`TurboQuantCache`.
 
@@ -62,7 +64,8 @@ def enable(
 
     Args:
         model: with a ``generate()``; changed in place until :func:`disable`.
-        max_cache_len, skip_layers, k_norm, v_norm, seed: see :class:`TurboQuantCache`.
+        max_cache_len, skip_layers, k_offset, k_norm, v_norm, seed, offloading: see
+            :class:`TurboQuantCache`.
 
     Returns:
         what is compressed and what not; print it.
@@ -82,17 +85,19 @@ def enable(
     """
     options: dict[str, Any] = {
         "max_cache_len": max_cache_len,
-        "skip_layers": tuple(skip_layers),
+        "skip_layers": None if skip_layers is None else tuple(skip_layers),
+        "k_offset": k_offset if k_offset is None or isinstance(k_offset, bool) else tuple(k_offset),
         "k_norm": k_norm,
         "v_norm": v_norm,
         "seed": seed,
+        "offloading": offloading,
     }
     if not isinstance(model, GenerationMixin):
         raise UnsupportedError(
             f"{type(model).__name__} has no generate(); call "
             f"model.set_attn_implementation({NAME!r}) and pass it a TurboQuantCache yourself"
         )
-    report = plan(model, options["skip_layers"])
+    report = plan(model, options["skip_layers"], options["k_offset"])
     TurboQuantCache(model, **options)  # refuses what is wrong with the options
 
     earlier: _Patch | None = vars(model).get(_MARK)
@@ -159,7 +164,7 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
     parts = [part for part in config.sub_configs if getattr(config, part, None) is decoder]
 
     def use(name: str) -> None:
-        model.set_attn_implementation({part: name for part in parts} if parts else name)
+        model.set_attn_implementation(dict.fromkeys(parts, name) if parts else name)
 
     before = decoder._attn_implementation
     use(name)
@@ -197,6 +202,9 @@ def _prepare_cache_for_generation(
         )
         original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     if isinstance(cache, TurboQuantCache):
+        padding = model_kwargs.get("attention_mask")
+        if padding is not None and padding.dim() == 2:
+            cache.note_padding(padding)
         if generation_mode not in SUPPORTED_MODES:
             raise UnsupportedError(
                 f"{generation_mode.value} is not supported yet with a 4-bit cache; "

@@ -19,6 +19,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from turboquant.hf.offsets import TOO_LARGE, WORTH_AN_OFFSET, KeyNoise, measured_keys
+
 # Causal decoders that hand keys and values from the cache to the attention function unopened,
 # each of them tested in tests/hf/test_families.py. Others may work; they are not tested.
 TESTED_MODEL_TYPES = (
@@ -73,6 +75,9 @@ class LayerReport:
         head_dim: D.
         dense_bytes: of one stored token's keys and values in the model's dtype.
         packed_bytes: of one stored token's keys and values in 4 bits.
+        k_offset: are keys stored without the mean of the first ones?
+        key_noise: of a model with weights whose keys have a bias, or that was asked about: how
+            much a part in common enlarges the error of 4 bits.
         window: tokens that it stores at most; None if its cache grows with the context.
     """
 
@@ -84,6 +89,8 @@ class LayerReport:
     head_dim: int
     dense_bytes: int
     packed_bytes: int
+    k_offset: bool = False
+    key_noise: KeyNoise | None = None
     window: int | None = None
 
     @property
@@ -95,6 +102,8 @@ class LayerReport:
         if not self.n_heads:
             return self.kind
         how = "4-bit" if self.compressed else f"dense, {self.reason}"
+        if self.k_offset:
+            how += " with a key offset"
         return (
             f"{self.kind}, {how}; {self.n_heads} KV heads of {self.head_dim}, "
             f"{self.bytes_per_token} bytes "
@@ -186,55 +195,95 @@ def diagnose(model_or_config: PreTrainedModel | PretrainedConfig) -> Report:
     """
     config = config_of(model_or_config)
     try:
-        return plan(model_or_config)
+        return plan(model_or_config, measure=True)
     except UnsupportedError as error:
         return Report(model_type=config.model_type, refusal=str(error))
 
 
 def plan(
-    model_or_config: PreTrainedModel | PretrainedConfig, skip_layers: Iterable[int] = ()
+    model_or_config: PreTrainedModel | PretrainedConfig,
+    skip_layers: Iterable[int] | None = None,
+    k_offset: Iterable[int] | bool | None = None,
+    measure: bool = False,
 ) -> Report:
     """The plan for every layer.
 
     Args:
         model_or_config: a model, or its config alone.
-        skip_layers: indices of layers to leave dense.
+        skip_layers, k_offset: see :class:`TurboQuantCache`.
+        measure: the keys of a model with weights, even if they have no bias.
 
     Raises:
         UnsupportedError: the model cannot be served.
-        ValueError: a layer to skip does not exist.
+        ValueError: a layer that is named does not exist.
     """
     config = config_of(model_or_config)
     text_config = config.get_text_config(decoder=True)
     _refuse_model(config)
     n_layers = text_config.num_hidden_layers
-    skipped = set(skip_layers)
-    if unknown := sorted(i for i in skipped if not 0 <= i < n_layers):
-        raise ValueError(f"skip_layers must name layers from 0 to {n_layers - 1}, got {unknown}")
+    skipped = None if skip_layers is None else set(skip_layers)
+    if isinstance(k_offset, bool):
+        centred: set[int] | None = set(range(n_layers)) if k_offset else set()
+    else:
+        centred = None if k_offset is None else set(k_offset)
+    for name, given in {"skip_layers": skipped, "k_offset": centred}.items():
+        if unknown := sorted(i for i in given or () if not 0 <= i < n_layers):
+            raise ValueError(f"{name} must name layers from 0 to {n_layers - 1}, got {unknown}")
+    biased = _has_biased_keys(model_or_config, text_config)
+    noises: dict[int, KeyNoise] = {}
+    if measure or (biased and (skipped is None or centred is None)):
+        noises = _measured(model_or_config)
+    # Under a logit cap an offset would not be exact.
+    capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+
+    def treat(i: int) -> tuple[str, bool]:
+        """Why layer i stays dense, or an empty reason; and whether its keys get an offset."""
+        noise = noises.get(i)
+        if centred is not None:
+            offset = i in centred
+        elif noise is None:
+            offset = biased  # it can do no harm
+        else:
+            offset = noise.plain > WORTH_AN_OFFSET and noise.offset < noise.plain
+        offset &= not capped
+        if skipped is not None:
+            return "in skip_layers" if i in skipped else "", offset
+        left = 1.0 if noise is None else noise.offset if offset else noise.plain
+        if left > TOO_LARGE:
+            return f"its keys are so much alike that 4 bits cost {left:.1f}x the usual error", False
+        return "", offset
+
     itemsize = _dtype(model_or_config).itemsize
     layers = tuple(
-        _plan_layer(text_config, i, native, itemsize, i in skipped)
+        _plan_layer(text_config, i, native, itemsize, *treat(i), noises.get(i))
         for i, native in enumerate(_native_layers(config))
     )
     if not any(layer.compressed for layer in layers):
-        raise UnsupportedError("nothing to compress: skip_layers names all layers")
-    return Report(config.model_type, layers, tuple(_warnings(model_or_config, text_config)))
+        reasons = sorted({layer.reason for layer in layers if layer.window is None})
+        raise UnsupportedError(f"nothing to compress: all layers stay dense, {'; '.join(reasons)}")
+    warnings = tuple(_warnings(model_or_config, biased and not noises))
+    return Report(config.model_type, layers, warnings)
 
 
 def _plan_layer(
-    config: PretrainedConfig, index: int, native: Any, itemsize: int, skipped: bool
+    config: PretrainedConfig,
+    index: int,
+    native: Any,
+    itemsize: int,
+    reason: str,
+    k_offset: bool,
+    key_noise: KeyNoise | None,
 ) -> LayerReport:
     """What becomes of a layer that transformers itself would make `native` for."""
     kind, window = _kind(native)
     n_heads, head_dim = (0, 0) if window == 0 else _kv_shape(config, index)
-    compressed = window is None and not skipped
+    compressed = window is None and not reason
     if compressed and (head_dim % 2 or not 16 <= head_dim <= 512):
         raise UnsupportedError(
             f"the head dim {head_dim} of layer {index} is not an even number from 16 to 512"
         )
-    reason = ""
-    if not compressed and n_heads:
-        reason = "in skip_layers" if window is None else "its cache does not grow"
+    if window is not None:
+        reason = "its cache does not grow" if n_heads else ""
     return LayerReport(
         index=index,
         kind=kind,
@@ -244,6 +293,8 @@ def _plan_layer(
         head_dim=head_dim,
         dense_bytes=2 * n_heads * head_dim * itemsize,
         packed_bytes=2 * n_heads * (head_dim // 2 + 2) if n_heads else 0,
+        k_offset=compressed and k_offset,
+        key_noise=key_noise,
         window=window,
     )
 
@@ -327,17 +378,31 @@ def _dtype(model_or_config: PreTrainedModel | PretrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
 
-def _warnings(
-    model_or_config: PreTrainedModel | PretrainedConfig, config: PretrainedConfig
-) -> Iterable[str]:
+def _measured(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[int, KeyNoise]:
+    """Nothing for a config, or a model without its weights."""
+    if not isinstance(model_or_config, PreTrainedModel):
+        return {}
+    if any(p.device.type == "meta" for p in model_or_config.parameters()):
+        return {}
+    return measured_keys(model_or_config)
+
+
+def _has_biased_keys(
+    model_or_config: PreTrainedModel | PretrainedConfig, text_config: PretrainedConfig
+) -> bool:
     if isinstance(model_or_config, PreTrainedModel):
-        biased = any(name.endswith("k_proj.bias") for name, _ in model_or_config.named_parameters())
-    else:
-        biased = getattr(config, "attention_bias", False) or config.model_type in ALWAYS_BIASED_KEYS
-    if biased:
+        return any(name.endswith("k_proj.bias") for name, _ in model_or_config.named_parameters())
+    biased = getattr(text_config, "attention_bias", False)
+    return biased or text_config.model_type in ALWAYS_BIASED_KEYS
+
+
+def _warnings(
+    model_or_config: PreTrainedModel | PretrainedConfig, unknown_bias: bool
+) -> Iterable[str]:
+    if unknown_bias:
         yield (
-            "k_proj has a bias: a large one dominates the norm of the keys and costs accuracy at "
-            "4 bits; compare with the dense cache, and try skip_layers"
+            "k_proj has a bias, which can be so large that 4 bits spoil the keys: only the model "
+            "with its weights tells which layers should stay dense"
         )
     generation_config = getattr(model_or_config, "generation_config", None)
     if dense := getattr(generation_config, "cache_implementation", None):
