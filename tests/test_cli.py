@@ -32,10 +32,12 @@ from transformers.utils import logging
 
 import turboquant
 import turboquant.demo
-from turboquant import ops
+from turboquant import hf, ops
 from turboquant.cli import demo, info, main, measure, models, report, terminal
+from turboquant.cli.diagnose import size
 from turboquant.cli.errors import UserError
 from turboquant.hf import TurboQuantCache, enabled
+from turboquant.hf.support import weight_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -773,6 +775,17 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_diagnose(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     assert main(["diagnose", "--model", str(tiny)]) == 0
     assert capsys.readouterr().out.startswith("llama: 2 of 2 layers in 4 bits")
+    options = ["--context", "100", "--batch-size", "2", "--memory", "1GiB", "--weights"]
+    assert main(["diagnose", "--model", str(tiny), *options]) == 0
+    out = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    plan, room = hf.diagnose(model), 2**30 - weight_bytes(model)
+    capsys.readouterr()  # transformers shows its progress
+    assert f"{plan.longest_context(room, 2):,} tokens; dense" in out
+    assert f"cache of 100 tokens, 2 sequences  {size(plan.cache_bytes(100, 2))}; dense" in out
+    assert re.search(r"^0-1 .* 1\.\dx +1\.\dx   full attention, 4-bit$", out, re.M)
+    for option in (["--memory", "much"], ["--context", "0"]):
+        assert "is not a" in fails(capsys, "diagnose", "--model", str(tiny), *option)
     _config(model_type="t5")(tmp_path)
     assert main(["diagnose", "--model", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("t5: not supported: encoder-decoder")

@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, BertConfig, LlamaConfig
+from transformers import AutoConfig, BertConfig, LlamaConfig, StaticCache
 
 from turboquant.hf import TurboQuantCache, UnsupportedError, diagnose, enable
-from turboquant.hf.support import plan
+from turboquant.hf.support import plan, weight_bytes
 
 from .tiny import FAMILIES, tiny_config, tiny_model
 
@@ -98,6 +98,48 @@ def test_reported_bytes_are_the_bytes_held() -> None:
         cache = TurboQuantCache(model, 32, skip_layers=[1])
         model(torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
         assert cache.nbytes == 2 * 32 * plan(model, [1]).bytes_per_token
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("context", [5, 32])  # below the window, and above
+@torch.no_grad()
+def test_predicted_memory_is_what_is_held(name: str, context: int) -> None:
+    """Of ours and of transformers' own cache; sliding windows and linear attention included."""
+    model_type, options = FAMILIES[name]
+    model = tiny_model(model_type, dtype=torch.bfloat16, **options)
+    report, ids = plan(model), torch.ones(2, 4, dtype=torch.long)
+    model.set_attn_implementation("turboquant")
+    cache = TurboQuantCache(model, context)
+    model(ids, past_key_values=cache)
+    assert cache.nbytes == report.cache_bytes(context, batch_size=2)
+    model.set_attn_implementation("eager")
+    dense = StaticCache(config=model.config, max_cache_len=context)
+    model(ids, past_key_values=dense)
+    assert held_bytes(dense) == report.cache_bytes(context, batch_size=2, dense=True)
+    assert weight_bytes(model.config) == weight_bytes(model)
+
+
+def held_bytes(cache: Any) -> int:
+    found = 0
+    for layer in cache.layers:
+        states = [getattr(layer, name, None) for name in ("keys", "values")]
+        for name in ("conv_states", "recurrent_states"):
+            states += getattr(layer, name, {}).values()
+        found += sum(t.nbytes for t in states if t is not None)
+    return found
+
+
+def test_the_longest_context() -> None:
+    _, options = FAMILIES["gemma4"]
+    report = plan(tiny_config("gemma4_text", dtype="bfloat16", **options))
+    for memory in (0, 5000, 10_000, 1_000_000):
+        for dense in (False, True):
+            longest = report.longest_context(memory, 2, dense=dense)
+            assert report.cache_bytes(longest, 2, dense=dense) <= memory
+            assert report.cache_bytes(longest + 1, 2, dense=dense) > memory
+    _, options = FAMILIES["qwen3_5"]
+    report = plan(tiny_config("qwen3_5_text", dtype="bfloat16", **options))
+    assert report.longest_context(1000) == 0  # not even the state
 
 
 def test_dtype_comes_from_the_model_or_its_config() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -79,6 +79,7 @@ class LayerReport:
         key_noise: of a model with weights whose keys have a bias, or that was asked about: how
             much a part in common enlarges the error of 4 bits.
         window: tokens that it stores at most; None if its cache grows with the context.
+        state_bytes: of what does not depend on the context, for a sequence.
     """
 
     index: int
@@ -92,11 +93,17 @@ class LayerReport:
     k_offset: bool = False
     key_noise: KeyNoise | None = None
     window: int | None = None
+    state_bytes: int = 0
 
     @property
     def bytes_per_token(self) -> int:
         """Of a token that it stores, as planned."""
         return self.packed_bytes if self.compressed else self.dense_bytes
+
+    def cache_bytes(self, context: int, *, dense: bool = False) -> int:
+        """For a sequence of so many tokens, as planned; or were it dense."""
+        stored = context if self.window is None else min(context, self.window)
+        return stored * (self.dense_bytes if dense else self.bytes_per_token) + self.state_bytes
 
     def __str__(self) -> str:
         if not self.n_heads:
@@ -142,6 +149,28 @@ class Report:
         """That a token adds to the cache of a long context, as planned here."""
         return sum(layer.bytes_per_token for layer in self.layers if layer.window is None)
 
+    def cache_bytes(self, context: int, batch_size: int = 1, *, dense: bool = False) -> int:
+        """Of a cache that is made for so many tokens, as planned; or were no layer compressed."""
+        return batch_size * sum(layer.cache_bytes(context, dense=dense) for layer in self.layers)
+
+    def longest_context(self, memory: int, batch_size: int = 1, *, dense: bool = False) -> int:
+        """Tokens of each sequence whose cache fits so many bytes; 0 if none does.
+
+        >>> from transformers import LlamaConfig
+        >>> report = diagnose(LlamaConfig(dtype="bfloat16"))
+        >>> report.longest_context(2**33), report.longest_context(2**33, dense=True)
+        (63550, 16384)
+        """
+        if self.cache_bytes(0, batch_size) > memory:
+            return 0
+        # Windows fill up at different lengths: search.
+        low, high = 0, memory + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.cache_bytes(middle, batch_size, dense=dense) <= memory
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
     def __str__(self) -> str:
         if self.refusal is not None:
             return f"{self.model_type}: not supported: {self.refusal}"
@@ -153,15 +182,16 @@ class Report:
         alike: dict[str, list[int]] = {}
         for layer in self.layers:
             alike.setdefault(str(layer), []).append(layer.index)
-        lines += [f"  {_ranges(indices)}: {text}" for text, indices in alike.items()]
+        for text, indices in alike.items():
+            lines.append(f"  layer{'s' if len(indices) > 1 else ''} {ranges(indices)}: {text}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
-def _ranges(indices: list[int]) -> str:
+def ranges(indices: list[int]) -> str:
     """
-    >>> _ranges([0, 1, 2, 5, 7, 8]), _ranges([3])
-    ('layers 0-2, 5, 7-8', 'layer 3')
+    >>> ranges([0, 1, 2, 5, 7, 8]), ranges([3])
+    ('0-2, 5, 7-8', '3')
     """
     runs: list[list[int]] = []
     for index in indices:
@@ -169,8 +199,19 @@ def _ranges(indices: list[int]) -> str:
             runs[-1].append(index)
         else:
             runs.append([index])
-    names = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(names)}"
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def weight_bytes(model_or_config: PreTrainedModel | PretrainedConfig) -> int:
+    """Of a model's parameters and buffers; of a config's model, which is not made for that."""
+    if isinstance(model_or_config, PretrainedConfig):
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_or_config, dtype=_dtype(model_or_config)
+            )
+    else:
+        model = model_or_config
+    return sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
 
 
 def diagnose(model_or_config: PreTrainedModel | PretrainedConfig) -> Report:
@@ -296,6 +337,7 @@ def _plan_layer(
         k_offset=compressed and k_offset,
         key_noise=key_noise,
         window=window,
+        state_bytes=_state_bytes(config, itemsize) if type(native) is LinearAttentionLayer else 0,
     )
 
 
@@ -370,6 +412,14 @@ def _kv_shape(config: PretrainedConfig, index: int) -> tuple[int, int]:
     n_heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
     head_dim = getattr(layer, "head_dim", None)
     return n_heads, head_dim or layer.hidden_size // layer.num_attention_heads
+
+
+def _state_bytes(config: PretrainedConfig, itemsize: int) -> int:
+    """Of a gated linear attention (Qwen3-Next and its like), for a sequence."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    heads, dim = config.linear_num_value_heads, config.linear_value_head_dim
+    convolution = (2 * keys + heads * dim) * config.linear_conv_kernel_dim * itemsize
+    return convolution + 4 * heads * config.linear_key_head_dim * dim
 
 
 def _dtype(model_or_config: PreTrainedModel | PretrainedConfig) -> torch.dtype:
