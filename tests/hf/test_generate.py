@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.generation import CompileConfig
 
-from turboquant.hf import TurboQuantCache, enabled
+from turboquant.hf import TurboQuantCache, UnsupportedError, enabled
 
-from .tiny import case, generate, oracle_cache, tiny_model
+from .tiny import VOCAB, case, generate, oracle_cache, tiny_model
 
 KINDS = pytest.mark.parametrize("max_cache_len", [None, 64], ids=["dynamic", "static"])
 
@@ -93,6 +96,55 @@ def test_prompt_after_a_prefix(max_cache_len: int | None) -> None:
             past_key_values=cache,
         )
         oracle.check(*generate(model, ids, mask, past_key_values=cache))
+
+
+@KINDS
+def test_one_prompt_and_several_continuations(max_cache_len: int | None) -> None:
+    """A prompt is computed once; each continuation gets a copy of its cache."""
+    oracle = case("qwen3", 3)
+    model, ids, mask = oracle.model, oracle.ids, oracle.mask
+    with enabled(model), torch.no_grad():
+        prompt = TurboQuantCache(model, max_cache_len)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, :9]
+        model(ids[:, :9], attention_mask=mask[:, :9], position_ids=position_ids,
+              past_key_values=prompt)  # fmt: skip
+        for _ in range(2):
+            oracle.check(*generate(model, ids, mask, past_key_values=copy.deepcopy(prompt)))
+        assert int(prompt.get_seq_length()) == 9
+        # Through a file, too: the prompt of another process.
+        file = io.BytesIO()
+        torch.save(prompt, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+        oracle.check(*generate(model, ids, mask, past_key_values=again))
+
+
+@pytest.mark.parametrize("options", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}])
+def test_modes_that_are_refused(options: dict[str, Any]) -> None:
+    oracle = case("llama", 1)
+    with enabled(oracle.model), pytest.raises((UnsupportedError, ValueError)):
+        generate(oracle.model, oracle.ids, oracle.mask, **options)
+
+
+def test_a_pipeline() -> None:
+    """Through the high-level interface, in batches, and the same as without it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(VOCAB)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w0", padding_side="left"
+    )
+    oracle = case("llama", 3)
+    texts = [
+        " ".join(f"w{i}" for i in row[keep.bool()].tolist())
+        for row, keep in zip(oracle.ids, oracle.mask)
+    ]
+    with enabled(oracle.model):
+        pipe = pipeline("text-generation", model=oracle.model, tokenizer=tokenizer, device="cpu")
+        results = pipe(texts, max_new_tokens=12, do_sample=False, batch_size=3, return_tensors=True)
+    tokens = [result[0]["generated_token_ids"][-12:] for result in results]
+    assert torch.equal(torch.tensor(tokens), oracle.tokens)
 
 
 @KINDS

@@ -76,6 +76,20 @@ def test_disable_undoes_enable(implementation: str) -> None:
     assert fingerprint(model) == before
 
 
+def test_what_is_saved_does_not_change(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "before")
+    with enabled(model, k_offset=True):
+        generate(model, *left_padded(1, 6, (0,), 0), new=2)
+        model.save_pretrained(tmp_path / "enabled")
+    names = sorted(path.name for path in (tmp_path / "before").iterdir())
+    assert "model.safetensors" in names
+    assert names == sorted(path.name for path in (tmp_path / "enabled").iterdir())
+    for name in names:
+        saved = [(tmp_path / folder / name).read_bytes() for folder in ("before", "enabled")]
+        assert saved[0] == saved[1], name
+
+
 def test_methods_of_the_instance_come_back() -> None:
     model = tiny_model()
     calls = []
