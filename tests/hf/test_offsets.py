@@ -96,8 +96,10 @@ def test_a_logit_cap_is_refused() -> None:
     _, handles = filled(None, *biased_states(9), (9,))
     with pytest.raises(UnsupportedError, match="softcap over keys with an offset"):
         attention(nn.Module(), torch.randn(B, 2 * H, 9, D), *handles, None, softcap=2.0)
-    config = tiny_config("gemma2", attn_logit_softcapping=4.0, layer_types=["full_attention"] * 2)
-    assert not any(layer.k_offset for layer in diagnose(config).layers)
+    options = {"attention_bias": True, "layer_types": ["full_attention"] * 2}
+    for cap in (4.0, None):
+        report = diagnose(tiny_config("gemma2", attn_logit_softcapping=cap, **options))
+        assert [layer.k_offset for layer in report.layers] == 2 * [cap is None]
 
 
 # -------------------------------------------------------------------------------- what is learned
@@ -132,6 +134,7 @@ def test_what_is_learned_stays(max_cache_len: int | None) -> None:
     vector = cache.layers[0].offset.vector
     torch.testing.assert_close(vector[:2, :, 0], k[:2, :, :10].mean(2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(vector[2, :, 0], k[2, :, 10])
+    assert not cache.layers[0].learning  # no work at each step
 
 
 def test_generate_tells_of_padding() -> None:

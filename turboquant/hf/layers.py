@@ -162,8 +162,8 @@ class PackedLayer(CacheLayerMixin):
     def _write(self, key_states: Tensor, value_states: Tensor, positions: Tensor) -> None:
         if self.offset is not None and self.learning:
             self.offset.learn(key_states, self._real_at(positions, key_states.shape[0]))
-            # Decoding has begun: it shall not compute what is known since the prompt. What is not
-            # known by now stays 0, for keys are stored that were compressed with it.
+            # Decoding has begun, which shall not compute what is known since the prompt. Rows that
+            # were padding alone keep 0.
             self.learning = key_states.shape[2] > 1
         update_(
             key_states, value_states, positions, self.rotation, self.boundaries, *self.buffers,
