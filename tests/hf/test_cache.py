@@ -344,7 +344,7 @@ def test_overflow_writes_nothing() -> None:
 
 def test_constructor_refusals() -> None:
     config = tiny_config()
-    with pytest.raises(ValueError, match="max_cache_len must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_cache_len must be an int from 1 on, got 0"):
         TurboQuantCache(config, 0)
     with pytest.raises(ValueError, match="v_norm must be 'l2', 'preserve' or 'unbiased', got 'l1'"):
         TurboQuantCache(config, v_norm="l1")

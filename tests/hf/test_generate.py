@@ -11,12 +11,13 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.generation import CompileConfig
 
-from turboquant.hf import TurboQuantCache, UnsupportedError, enabled
+from turboquant.hf import TurboQuantCache, UnsupportedError, enable, enabled
 
-from .tiny import VOCAB, case, generate, oracle_cache, tiny_model
+from .tiny import FAMILIES, VOCAB, case, generate, oracle_cache, tiny_model
 
 KINDS = pytest.mark.parametrize("max_cache_len", [None, 64], ids=["dynamic", "static"])
 
@@ -119,6 +120,66 @@ def test_one_prompt_and_several_continuations(max_cache_len: int | None) -> None
         oracle.check(*generate(model, ids, mask, past_key_values=again))
 
 
+def test_assisted_generation_in_part_dense_and_static_is_refused() -> None:
+    """A static layer of transformers cannot take tokens back."""
+    model, assistant = tiny_model("llama"), tiny_model("llama", seed=1)
+    ids = torch.ones(1, 5, dtype=torch.long)
+    enable(model, max_cache_len=64, skip_layers=[1])
+    with pytest.raises(UnsupportedError, match="make a dynamic cache"):
+        generate(model, ids, torch.ones_like(ids), assistant_model=assistant)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_an_enabled_hybrid_assistant(name: str) -> None:
+    """Its sliding windows and states are put back too."""
+    if name == "gemma3" and transformers.__version__.startswith("5.16."):
+        pytest.skip("this version fails with its own cache, too")
+    oracle = case("llama", 1)
+    model_type, options = FAMILIES[name]
+    assistant = tiny_model(model_type, seed=2, **options)
+    with enabled(oracle.model), enabled(assistant):
+        oracle.check(*generate(oracle.model, oracle.ids, oracle.mask, assistant_model=assistant))
+
+
+@pytest.mark.parametrize("length", [10, 17])
+@KINDS
+def test_phi3_keeps_its_cache(length: int, max_cache_len: int | None) -> None:
+    """Behind its original context it computes all keys anew, not into a dense cache."""
+    if length == 10 and transformers.__version__.startswith("5.16."):
+        pytest.skip("this version forgets the context with its own cache, too")
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    model = tiny_model(
+        "phi3", num_hidden_layers=1, head_dim=32, max_position_embeddings=64,
+        original_max_position_embeddings=16, rope_parameters={**rope, **factors},
+    )  # fmt: skip
+    ids = torch.randint(2, VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
+
+    with enabled(model, max_cache_len=max_cache_len), torch.no_grad():
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, output_logits=True,
+                             return_dict_in_generate=True)  # fmt: skip
+        for step in (0, 7):
+            told = out.sequences[:, : length + step]
+            want = model(told, past_key_values=TurboQuantCache(model)).logits[:, -1]
+            torch.testing.assert_close(out.logits[step], want, rtol=0, atol=1e-3 * want.std())
+    assert type(out.past_key_values) is TurboQuantCache
+    assert int(out.past_key_values.get_seq_length()) == length + 7
+
+
+def test_a_full_static_cache_is_found_before_it_starts() -> None:
+    model = tiny_model("llama")
+    ids = torch.randint(2, VOCAB, (2, 10), generator=torch.Generator().manual_seed(1))
+    with enabled(model):
+        cache = TurboQuantCache(model, 20)
+        first, _ = generate(model, ids, torch.ones_like(ids), 5, past_key_values=cache)
+        everything = torch.cat((ids, first), dim=1)
+        for given in (everything, first[:, -1:]):
+            with pytest.raises(UnsupportedError, match="26 tokens do not fit"):
+                generate(model, given, torch.ones_like(everything), 12, past_key_values=cache)
+        assert int(cache.get_seq_length()) == 14
+        generate(model, first[:, -1:], torch.ones_like(everything), 6, past_key_values=cache)
+
+
 @pytest.mark.parametrize("options", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}])
 def test_modes_that_are_refused(options: dict[str, Any]) -> None:
     oracle = case("llama", 1)
@@ -171,8 +232,10 @@ def test_assisted(how: str, max_cache_len: int | None, monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
-def test_static_decoding_compiles_into_one_graph() -> None:
-    oracle = case("llama", 3)
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_static_decoding_compiles_into_one_graph(name: str) -> None:
+    model_type, options = FAMILIES[name]
+    oracle = case(model_type, 3, **options)
     model, ids, mask = oracle.model, oracle.ids, oracle.mask
     graphs = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 import subprocess
 import sys
@@ -74,6 +75,39 @@ def test_disable_undoes_enable(implementation: str) -> None:
     assert type(cache_used(model)) is DynamicCache
     disable(model)
     assert fingerprint(model) == before
+
+
+def test_an_enabled_model_in_a_file() -> None:
+    model = tiny_model()
+    enable(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert type(cache_used(twin)) is TurboQuantCache
+    disable(twin)
+    assert type(cache_used(twin)) is DynamicCache
+    assert type(cache_used(model)) is TurboQuantCache
+
+
+def test_another_attention_chosen_meanwhile_stays() -> None:
+    model = tiny_model()
+    enable(model)
+    model.set_attn_implementation("eager")
+    disable(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_settings_that_are_refused_at_once() -> None:
+    model = tiny_model(attention_dropout=0.1).train()
+    with pytest.raises(UnsupportedError, match=r"dropout .* call model.eval\(\)"):
+        enable(model)
+    enable(model.eval())
+    disable(model)
+    model.generation_config.output_attentions = True
+    with pytest.raises(UnsupportedError, match="output_attentions is set"):
+        enable(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_what_is_saved_does_not_change(tmp_path: Path) -> None:
@@ -188,7 +222,7 @@ def test_a_copied_model_is_enabled_on_its_own() -> None:
     enable(model, max_cache_len=64)
     twin = copy.deepcopy(model)
     disable(model)
-    assert twin._prepare_cache_for_generation.__self__ is twin
+    assert twin._prepare_cache_for_generation.model is twin
     assert cache_used(twin).capacity == 64
     disable(twin)
     assert type(cache_used(twin)) is DynamicCache

@@ -159,7 +159,7 @@ def test_dtype_comes_from_the_model_or_its_config() -> None:
 def test_key_bias_is_reported(name: str, options: dict[str, Any], biased: bool) -> None:
     report = diagnose(tiny_config(name, **options))
     assert any("k_proj has a bias" in w for w in report.warnings) is biased
-    assert [layer.k_offset for layer in report.layers] == [biased, biased]
+    assert not any(layer.k_offset for layer in report.layers)
     assert all(layer.key_noise is None for layer in report.layers)
 
 

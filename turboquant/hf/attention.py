@@ -16,7 +16,7 @@ four for a finished mask and passes it through, untouched, wherever masks travel
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +82,16 @@ def mask(
     # Any other pattern is wrapped in a function of its own, so identity tells them apart.
     if mask_function is causal_mask_function and kv_offset == 0:
         end = q_offset + q_length
-        if attention_mask is None:
+        start: Tensor | None = torch.zeros(1, dtype=torch.int32, device=device)
+        unpadded = True
+        # Padding can only be looked at on the host, which a traced graph cannot do.
+        if attention_mask is not None:
+            traced = torch.compiler.is_compiling()
+            start, unpadded = (None, False) if traced else _left_padding(attention_mask, end)
+        if start is not None:
             # `end` in a tensor means a static cache; comparing it would stall the stream.
-            if isinstance(end, int) and end == kv_length:
-                return None
-            return _bounds(torch.zeros(1, dtype=torch.int32, device=device), end)
-        # The padding can only be looked at on the host, which a traced graph cannot do.
-        if not torch.compiler.is_compiling():
-            start = _left_padding(attention_mask, int(end))
-            if start is not None:
-                return _bounds(start, end)
+            whole = unpadded and isinstance(end, int) and end == kv_length
+            return None if whole else _bounds(start, end)
 
     # Neither may be skipped: under our name, None always means causal.
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -114,14 +114,22 @@ def _bounds(start: Tensor, end: int | Tensor) -> Tensor:
     return bounds.to(torch.int32).view(-1, 1, 1, 2)
 
 
-def _left_padding(attention_mask: Tensor, end: int) -> Tensor | None:
-    """Where each row's tokens start: int32 ``[B]``; None if there is padding elsewhere too."""
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < end:
-        return None
-    attention_mask = attention_mask[:, :end].bool()
-    start = end - attention_mask.sum(-1, dtype=torch.int32)
-    position = torch.arange(end, device=attention_mask.device)
-    return start if torch.equal(attention_mask, position >= start[:, None]) else None
+def _left_padding(attention_mask: Tensor, end: int | Tensor) -> tuple[Tensor | None, bool]:
+    """Where each row's tokens start, int32 ``[B]``, or None if there is padding elsewhere; and
+    whether all start at 0, when one row stands for all. Looks at the device once."""
+    if attention_mask.dim() != 2:
+        return None, False
+    length = attention_mask.shape[1]
+    position = torch.arange(length, device=attention_mask.device)
+    filled = position < end
+    seen = attention_mask.bool() & filled
+    start = end - seen.sum(-1, dtype=torch.int32)
+    expected = filled & (position >= start[:, None])
+    left = (seen == expected).all() & (torch.zeros_like(start) + end <= length).all()
+    is_left, padded = torch.stack((left, start.any())).tolist()
+    if not is_left:
+        return None, False
+    return (start, False) if padded else (start[:1], True)
 
 
 def _is_bounds(attention_mask: Tensor | None) -> bool:
@@ -221,9 +229,9 @@ def _packed(
     kv_start = None
     if _is_bounds(attention_mask):
         assert attention_mask is not None
-        kv_start = attention_mask[:, 0, 0, 0].contiguous()
+        kv_start = attention_mask[:, 0, 0, 0]
         attention_mask = None
-    sinks = None if s_aux is None else s_aux.float()
+    sinks = s_aux.float() if s_aux is not None and s_aux.dtype == torch.float16 else s_aux
     if key.offset is not None and softcap is not None:
         _refuse("softcap over keys with an offset", "use k_offset=False")
     centred = key.offset is not None and sinks is not None
@@ -237,8 +245,9 @@ def _packed(
         assert sinks is not None
         # The offset has been taken out of all scores, but a sink is to be compared with the whole.
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        common = query.unflatten(1, (key.offset.shape[1], -1)).float() @ key.offset.unsqueeze(2).mT
-        lse = lse + scale * common.flatten(1, 2).squeeze(-1)
+        offset = key.offset.to(query.dtype).unsqueeze(2)
+        common = query.unflatten(1, (offset.shape[1], -1)) @ offset.mT
+        lse = lse + scale * common.flatten(1, 2).squeeze(-1).float()
         out = out * torch.sigmoid(lse - sinks.view(1, -1, 1)).to(out.dtype).unsqueeze(-1)
     return out
 
@@ -301,6 +310,6 @@ def _eager(
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
 
 
-def _refuse(what: str, instead: str | None = None) -> None:
+def _refuse(what: str, instead: str | None = None) -> NoReturn:
     advice = "" if instead is None else f"; {instead}"
     raise UnsupportedError(f"turboquant attention does not support {what}{advice}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from turboquant.hf.layers import Codec, DynamicPackedLayer, PackedLayer, StaticPackedLayer
-from turboquant.hf.support import config_of, plan
+from turboquant.hf.support import Report, config_of, plan
 
 
 class TurboQuantCache(Cache):
@@ -25,8 +26,9 @@ class TurboQuantCache(Cache):
             buffers is slack); a number allocates once and suits compiled decoding.
         skip_layers: indices of layers to leave dense; None: those whose keys 4 bits would spoil
             (:func:`turboquant.hf.diagnose` tells).
-        k_offset: indices of layers whose keys are stored without the mean of the first ones; True
-            is all, False none; None: where it is of use. Exact under the softmax.
+        k_offset: indices of layers whose keys are stored without what all of them have in common;
+            True is all, False none; None: where it is of use. Exact under the softmax. Takes the
+            model with its weights, and a forward pass of 512 tokens.
         k_norm, v_norm: norm policies of keys and values; see :func:`turboquant.compress`.
         seed: of the rotation.
         offloading: keep the layers in host memory, but for the one at work and the next (CUDA).
@@ -61,6 +63,7 @@ class TurboQuantCache(Cache):
         v_norm: str = "l2",
         seed: int = 42,
         offloading: bool = False,
+        _plan: Report | None = None,  # of the same arguments
     ) -> None:
         for name, policy in {"k_norm": k_norm, "v_norm": v_norm}.items():
             if policy not in ("l2", "preserve", "unbiased"):
@@ -68,12 +71,14 @@ class TurboQuantCache(Cache):
                     f"TurboQuantCache: {name} must be 'l2', 'preserve' or 'unbiased', "
                     f"got {policy!r}"
                 )
-        if max_cache_len is not None and max_cache_len < 1:
+        if max_cache_len is not None and not (isinstance(max_cache_len, int) and max_cache_len > 0):
             raise ValueError(
-                f"TurboQuantCache: max_cache_len must be at least 1, got {max_cache_len}"
+                f"TurboQuantCache: max_cache_len must be an int from 1 on, got {max_cache_len!r}"
             )
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("TurboQuantCache: offloading needs a GPU to offload from")
         config = config_of(config_or_model)
-        report = plan(config_or_model, skip_layers, k_offset)
+        report = _plan or plan(config_or_model, skip_layers, k_offset)
         planned_layers = [layer for layer in report.layers if layer.compressed]
         codecs = {d: Codec(d, seed) for d in {layer.head_dim for layer in planned_layers}}
         # transformers knows which layers a model needs; the plan, which of them are replaced.
@@ -83,27 +88,17 @@ class TurboQuantCache(Cache):
             layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
         for planned in planned_layers:
             assert type(layers[planned.index]) in (DynamicLayer, StaticLayer)
-            codec = codecs[planned.head_dim]
+            offset = planned.key_noise.mean if planned.k_offset and planned.key_noise else None
+            options = (codecs[planned.head_dim], k_norm, v_norm, offset)
             layers[planned.index] = (
-                DynamicPackedLayer(codec, k_norm, v_norm, planned.k_offset)
+                DynamicPackedLayer(*options)
                 if max_cache_len is None
-                else StaticPackedLayer(codec, k_norm, v_norm, max_cache_len, planned.k_offset)
+                else StaticPackedLayer(*options, max_cache_len)
             )
             # Buffers that come and go have no address that a compiled graph could rely on.
             layers[planned.index].is_compileable &= not offloading
         super().__init__(layers=layers, offloading=offloading)
         self.capacity = max_cache_len
-
-    def note_padding(self, attention_mask: Tensor) -> None:
-        """Keep padding out of key offsets. ``generate()`` of an enabled model calls it; without it,
-        what is padding counts as a token there (and nowhere else).
-
-        Args:
-            attention_mask: ``[B, tokens]``, 0 or False for padding, from the first token on.
-        """
-        for layer in self.layers:
-            if isinstance(layer, PackedLayer) and layer.k_offset:
-                layer.real = attention_mask.bool()
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from turboquant.constants import codebook, rotation
-from turboquant.hf.offsets import KeyOffset
 from turboquant.hf.support import UnsupportedError
 from turboquant.ops import update_
 
@@ -45,7 +44,7 @@ class PackedStates:
         norms: bf16 ``[B, H, S, 1]``.
         centroids, rotation: ``[16]`` and ``[D, D]``.
         kv_len: 0-d int64 on the device: how many of the S slots are filled; None is all.
-        offset: f32 ``[B, H, 1, D]``, taken out of the keys before; None if nothing was.
+        offset: f32 ``[1, H, 1, D]``, taken out of the keys before; None if nothing was.
     """
 
     def __init__(
@@ -137,17 +136,15 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
 
     buffers: Buffers
-    # Which of the tokens are no padding: bool [B or a divisor of it, tokens]; None is all.
-    real: Tensor | None = None
 
-    def __init__(self, codec: Codec, k_norm: str, v_norm: str, k_offset: bool) -> None:
+    def __init__(
+        self, codec: Codec, k_norm: str, v_norm: str, k_offset: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.codec = codec
         self.k_norm = k_norm
         self.v_norm = v_norm
-        self.k_offset = k_offset
-        self.offset: KeyOffset | None = None
-        self.learning = True  # offsets that are not known yet
+        self.k_offset = k_offset  # f32 [1, H, 1, D], taken out of the keys
 
     def _initialize(self, key_states: Tensor, capacity: int) -> None:
         B, H, _, D = key_states.shape
@@ -155,36 +152,21 @@ class PackedLayer(CacheLayerMixin):
         self.batch_size = B
         self.centroids, self.boundaries, self.rotation = self.codec.on(self.device)
         self.buffers = _allocate(B, H, capacity, D, self.device)
-        if self.k_offset:
-            self.offset = KeyOffset.zeros(key_states)
+        if self.k_offset is not None:
+            self.k_offset = self.k_offset.to(self.device)
         self.is_initialized = True
 
     def _write(self, key_states: Tensor, value_states: Tensor, positions: Tensor) -> None:
-        if self.offset is not None and self.learning:
-            self.offset.learn(key_states, self._real_at(positions, key_states.shape[0]))
-            # Decoding has begun, which shall not compute what is known since the prompt. Rows that
-            # were padding alone keep 0.
-            self.learning = key_states.shape[2] > 1
         update_(
             key_states, value_states, positions, self.rotation, self.boundaries, *self.buffers,
             centroids=self.centroids, k_norm=self.k_norm, v_norm=self.v_norm,
-            k_offset=None if self.offset is None else self.offset.vector,
+            k_offset=self.k_offset,
         )  # fmt: skip
-
-    def _real_at(self, positions: Tensor, batch_size: int) -> Tensor | None:
-        """bool ``[B, T]``; tokens beyond the mask are no padding."""
-        if self.real is None:
-            return None
-        real = self.real.to(positions.device)
-        real = real.repeat_interleave(batch_size // real.shape[0], dim=0)  # beams
-        last = real.shape[1] - 1
-        return real[:, positions.clamp(max=last)] | (positions > last)
 
     def _handles(self, buffers: Buffers, kv_len: Tensor | None) -> tuple[Any, Any]:
         # Any, because transformers declares tensors here.
         constants = (self.centroids, self.rotation, kv_len)
-        offset = None if self.offset is None else self.offset.vector
-        keys = PackedStates(buffers.k_packed, buffers.k_norms, *constants, offset)
+        keys = PackedStates(buffers.k_packed, buffers.k_norms, *constants, self.k_offset)
         return keys, PackedStates(buffers.v_packed, buffers.v_norms, *constants)
 
     def offload(self) -> None:
@@ -196,7 +178,7 @@ class PackedLayer(CacheLayerMixin):
         self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        if self.is_initialized:  # the offset is small
+        if self.is_initialized:
             self.buffers = self.buffers.map(lambda t: t.to(device, non_blocking=True))
 
 
@@ -205,7 +187,9 @@ class DynamicPackedLayer(PackedLayer):
 
     is_compileable = False
 
-    def __init__(self, codec: Codec, k_norm: str, v_norm: str, k_offset: bool = False) -> None:
+    def __init__(
+        self, codec: Codec, k_norm: str, v_norm: str, k_offset: Tensor | None = None
+    ) -> None:
         super().__init__(codec, k_norm, v_norm, k_offset)
         self.length = 0  # tokens stored
 
@@ -254,7 +238,6 @@ class DynamicPackedLayer(PackedLayer):
             del self.buffers
         self.is_initialized = False
         self.length = 0
-        self.offset, self.real, self.learning = None, None, True
 
     def crop(self, tokens: int | Tensor) -> None:
         """Drop the last tokens.
@@ -272,20 +255,15 @@ class DynamicPackedLayer(PackedLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         if self.is_initialized:
-            self._select(lambda t: t[indices.to(t.device)])
+            indices = indices.to(self.buffers.k_packed.device)  # which may be the host
+            self.buffers = self.buffers.map(lambda t: t[indices])
+            self.batch_size = self.buffers.k_packed.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         if self.is_initialized:
-            self._select(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def _select(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Other rows of the batch, of all that has rows."""
-        self.buffers = self.buffers.map(fn)
-        self.batch_size = self.buffers.k_packed.shape[0]
-        if self.offset is not None:
-            self.offset = self.offset.map(fn)
-        self.real, self.learning = None, False
+            self.buffers = self.buffers.map(lambda t: t.repeat_interleave(repeats, dim=0))
+            self.batch_size *= repeats
 
 
 class StaticPackedLayer(PackedLayer):
@@ -299,7 +277,12 @@ class StaticPackedLayer(PackedLayer):
     cumulative_length: Tensor  # type: ignore[assignment]
 
     def __init__(
-        self, codec: Codec, k_norm: str, v_norm: str, max_cache_len: int, k_offset: bool = False
+        self,
+        codec: Codec,
+        k_norm: str,
+        v_norm: str,
+        k_offset: Tensor | None,
+        max_cache_len: int,
     ) -> None:
         super().__init__(codec, k_norm, v_norm, k_offset)
         self.max_cache_len = max_cache_len
@@ -309,12 +292,8 @@ class StaticPackedLayer(PackedLayer):
         with torch.inference_mode(False):
             self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         if not torch.compiler.is_compiling():
-            for tensor in self._tensors():
+            for tensor in (*self.buffers, self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        offset = () if self.offset is None else self.offset.tensors
-        return (*self.buffers, *offset, self.cumulative_length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -360,10 +339,6 @@ class StaticPackedLayer(PackedLayer):
         """Forget the tokens, in place. Slots past the length are never read: nothing to clear."""
         if self.is_initialized:
             self.cumulative_length.zero_()
-        if self.offset is not None:
-            for tensor in self.offset.tensors:
-                tensor.zero_()
-        self.real, self.learning = None, True
 
     def crop(self, tokens: int | Tensor) -> None:
         """See :meth:`DynamicPackedLayer.crop`."""
@@ -376,9 +351,9 @@ class StaticPackedLayer(PackedLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
-            for tensor in self._tensors():  # in place: the addresses are promised to the graph
-                if tensor.dim() > 0:
-                    tensor.copy_(tensor[beam_idx.to(tensor.device)])
+            beam_idx = beam_idx.to(self.buffers.k_packed.device)  # which may be the host
+            for tensor in self.buffers:  # in place: the addresses are promised to the graph
+                tensor.copy_(tensor[beam_idx])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         raise UnsupportedError(

@@ -1,17 +1,18 @@
 """Turning a model's ``generate()`` over to the 4-bit cache, and back.
 
-Only the instance is changed: the attention implementation that its config names, and two of its
+Only the instance is changed: the attention implementation that its config names, and three of its
 methods. Its class, its parameters and every other model stay as they are. (Another model that was
 built from the same config object takes its attention from there too; on its dense cache ours
-computes the same.)
+computes the same, but enable only one of the two at a time.)
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from transformers import GenerationMixin, PreTrainedModel
@@ -38,9 +39,25 @@ SUPPORTED_MODES = (
 class _Patch:
     """How to make a cache for the model, and what to put back in the end."""
 
+    report: Report
     cache_options: dict[str, Any]
     attention: str
     methods: dict[str, Any]
+
+    def new_cache(self, model: PreTrainedModel) -> TurboQuantCache:
+        return TurboQuantCache(model, **self.cache_options, _plan=self.report)
+
+
+class _Method:
+    """A function that stands before a method of the model. Unlike a bound method of Python's, it is
+    the same after pickling."""
+
+    def __init__(self, function: Callable[..., Any], model: PreTrainedModel) -> None:
+        self.function = function
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.model, *args, **kwargs)
 
 
 def enable(
@@ -85,8 +102,8 @@ def enable(
     """
     options: dict[str, Any] = {
         "max_cache_len": max_cache_len,
-        "skip_layers": None if skip_layers is None else tuple(skip_layers),
-        "k_offset": k_offset if k_offset is None or isinstance(k_offset, bool) else tuple(k_offset),
+        "skip_layers": tuple(skip_layers) if isinstance(skip_layers, Iterable) else skip_layers,
+        "k_offset": tuple(k_offset) if isinstance(k_offset, Iterable) else k_offset,
         "k_norm": k_norm,
         "v_norm": v_norm,
         "seed": seed,
@@ -97,22 +114,19 @@ def enable(
             f"{type(model).__name__} has no generate(); call "
             f"model.set_attn_implementation({NAME!r}) and pass it a TurboQuantCache yourself"
         )
+    _refuse_settings(model)
     report = plan(model, options["skip_layers"], options["k_offset"])
-    TurboQuantCache(model, **options)  # refuses what is wrong with the options
-
     earlier: _Patch | None = vars(model).get(_MARK)
-    if earlier is not None:
-        _set_attention(model, NAME)
-        setattr(model, _MARK, _Patch(options, earlier.attention, earlier.methods))
-        return report
-
-    attention = _attention_of(model)
-    _set_attention(model, NAME)
     methods = {name: vars(model)[name] for name in _OURS if name in vars(model)}
-    setattr(model, _MARK, _Patch(options, attention, methods))
+    patch = _Patch(report, options, _attention_of(model), methods)
+    patch.new_cache(model)  # refuses what is wrong with the options
+    _set_attention(model, NAME)
+    if earlier is not None:
+        setattr(model, _MARK, replace(earlier, report=report, cache_options=options))
+        return report
+    setattr(model, _MARK, patch)
     for name, function in _OURS.items():
-        # Bound methods, because copy.deepcopy(model) binds them to the copy.
-        setattr(model, name, types.MethodType(function, model))
+        setattr(model, name, _Method(function, model))
     return report
 
 
@@ -126,7 +140,8 @@ def disable(model: PreTrainedModel) -> None:
         if name in patch.methods:
             setattr(model, name, patch.methods[name])
     delattr(model, _MARK)
-    _set_attention(model, patch.attention)
+    if _attention_of(model) == NAME:  # else somebody has chosen another meanwhile
+        _set_attention(model, patch.attention)
 
 
 @contextmanager
@@ -146,7 +161,18 @@ def enabled(model: PreTrainedModel, **options: Any) -> Iterator[Report]:
         if earlier is None:
             disable(model)
         else:
-            enable(model, **earlier.cache_options)
+            setattr(model, _MARK, earlier)
+            _set_attention(model, NAME)
+
+
+def _refuse_settings(model: PreTrainedModel) -> None:
+    """What would be refused at the first call."""
+    config = model.config.get_text_config(decoder=True)
+    if model.training and getattr(config, "attention_dropout", None):
+        raise UnsupportedError("dropout in its attention is not supported; call model.eval()")
+    settings = (config, model.generation_config)
+    if any(getattr(setting, "output_attentions", None) for setting in settings):
+        raise UnsupportedError("output_attentions is set, but the weights are never formed")
 
 
 def _attention_of(model: PreTrainedModel) -> str:
@@ -191,28 +217,62 @@ def _prepare_cache_for_generation(
             f"the attention implementation was changed to {attention!r} "
             "after turboquant.hf.enable(model); enable the model again, or disable it"
         )
+    original = functools.partial(
+        _original(self, "_prepare_cache_for_generation"),
+        generation_config, model_kwargs, generation_mode, batch_size, max_cache_length,
+    )  # fmt: skip
     cache = model_kwargs.get("past_key_values")
     named = generation_config.cache_implementation is not None
     if cache is None and not named and generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = TurboQuantCache(self, **patch.cache_options)
+        cache = model_kwargs["past_key_values"] = patch.new_cache(self)
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
     else:
-        original = patch.methods.get(
-            "_prepare_cache_for_generation",
-            types.MethodType(type(self)._prepare_cache_for_generation, self),
-        )
-        original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        original()
     if isinstance(cache, TurboQuantCache):
-        padding = model_kwargs.get("attention_mask")
-        if padding is not None and padding.dim() == 2:
-            cache.note_padding(padding)
         if generation_mode not in SUPPORTED_MODES:
             raise UnsupportedError(
                 f"{generation_mode.value} is not supported yet with a 4-bit cache; "
                 "use greedy search, sampling or beam search"
             )
+        if generation_mode is GenerationMode.ASSISTED_GENERATION and not all(
+            hasattr(layer, "crop") for layer in cache.layers
+        ):
+            raise UnsupportedError(
+                "assisted generation takes tokens back, which static layers that stay dense "
+                "cannot; make a dynamic cache (no max_cache_len)"
+            )
         # Before the first token is computed: a full cache notices only when it is full.
-        if cache.capacity is not None and max_cache_length > cache.capacity:
-            raise UnsupportedError(overflow(max_cache_length, cache.capacity))
+        if cache.capacity is not None:
+            needed = max_cache_length + _tokens_before(cache, generation_config)
+            if needed > cache.capacity:
+                raise UnsupportedError(overflow(needed, cache.capacity))
+
+
+def _tokens_before(cache: TurboQuantCache, generation_config: Any) -> int:
+    """Tokens in the cache that are not among those that generate() is given."""
+    stored, new = int(cache.get_seq_length()), generation_config.max_new_tokens
+    if new is None or generation_config.max_length - new > stored:
+        return 0
+    return stored
+
+
+def _prepare_inputs_for_generation(self: Any, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
+    """Phi-3 drops its cache when the context outgrows the original one, to compute all keys anew
+    with other rotary factors: into a dense cache, if it is left to that."""
+    inputs = _original(self, "prepare_inputs_for_generation")(input_ids, **kwargs)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, TurboQuantCache) and inputs.get("past_key_values") is None:
+        cache.reset()
+        inputs["past_key_values"] = cache
+    return inputs
+
+
+def _original(model: Any, name: str) -> Callable[..., Any]:
+    """The method that ours stands before."""
+    patch: _Patch = getattr(model, _MARK)
+    method: Callable[..., Any] = getattr(type(model), name)
+    return patch.methods.get(name, types.MethodType(method, model))
 
 
 def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -222,7 +282,8 @@ def _init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 # The methods that stand before the model's own while it is enabled.
-_OURS = {
+_OURS: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "init_continuous_batching": _init_continuous_batching,
 }

@@ -6,12 +6,18 @@ loaded. What cannot be compressed is refused, never quietly left dense.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
@@ -19,7 +25,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from turboquant.hf.offsets import TOO_LARGE, WORTH_AN_OFFSET, KeyNoise, measured_keys
+from turboquant.hf.keys import TOO_LARGE, WORTH_AN_OFFSET, KeyNoise, measured_keys
 
 # Causal decoders that hand keys and values from the cache to the attention function unopened,
 # each of them tested in tests/hf/test_families.py. Others may work; they are not tested.
@@ -75,7 +81,7 @@ class LayerReport:
         head_dim: D.
         dense_bytes: of one stored token's keys and values in the model's dtype.
         packed_bytes: of one stored token's keys and values in 4 bits.
-        k_offset: are keys stored without the mean of the first ones?
+        k_offset: are keys stored without what all of them have in common?
         key_noise: of a model with weights whose keys have a bias, or that was asked about: how
             much a part in common enlarges the error of 4 bits.
         window: tokens that it stores at most; None if its cache grows with the context.
@@ -204,13 +210,13 @@ def ranges(indices: list[int]) -> str:
 
 def weight_bytes(model_or_config: PreTrainedModel | PretrainedConfig) -> int:
     """Of a model's parameters and buffers; of a config's model, which is not made for that."""
+    model: Any = model_or_config
     if isinstance(model_or_config, PretrainedConfig):
+        config = copy.deepcopy(model_or_config)  # transformers writes into it
+        known = AutoModelForImageTextToText._model_mapping
+        auto = AutoModelForImageTextToText if type(config) in known else AutoModelForCausalLM
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_or_config, dtype=_dtype(model_or_config)
-            )
-    else:
-        model = model_or_config
+            model = auto.from_config(config, dtype=_dtype(model_or_config))
     return sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
 
 
@@ -262,6 +268,10 @@ def plan(
     text_config = config.get_text_config(decoder=True)
     _refuse_model(config)
     n_layers = text_config.num_hidden_layers
+    for name, argument in {"skip_layers": skip_layers, "k_offset": k_offset}.items():
+        allowed = (Iterable, bool) if name == "k_offset" else Iterable
+        if argument is not None and not isinstance(argument, allowed):
+            raise ValueError(f"{name} must name layers, got {argument!r}")
     skipped = None if skip_layers is None else set(skip_layers)
     if isinstance(k_offset, bool):
         centred: set[int] | None = set(range(n_layers)) if k_offset else set()
@@ -272,21 +282,21 @@ def plan(
             raise ValueError(f"{name} must name layers from 0 to {n_layers - 1}, got {unknown}")
     biased = _has_biased_keys(model_or_config, text_config)
     noises: dict[int, KeyNoise] = {}
-    if measure or (biased and (skipped is None or centred is None)):
-        noises = _measured(model_or_config)
-    # Under a logit cap an offset would not be exact.
+    if measure or centred or (biased and (skipped is None or centred is None)):
+        noises = _measured(model_or_config, anew=measure)
     capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    if centred and capped:
+        raise UnsupportedError("k_offset: under its logit cap an offset would not be exact")
+    if centred and not noises:
+        raise ValueError("k_offset takes the model with its weights")
 
     def treat(i: int) -> tuple[str, bool]:
         """Why layer i stays dense, or an empty reason; and whether its keys get an offset."""
         noise = noises.get(i)
         if centred is not None:
             offset = i in centred
-        elif noise is None:
-            offset = biased  # it can do no harm
         else:
-            offset = noise.plain > WORTH_AN_OFFSET and noise.offset < noise.plain
-        offset &= not capped
+            offset = noise is not None and not capped and _is_worth_an_offset(noise)
         if skipped is not None:
             return "in skip_layers" if i in skipped else "", offset
         left = 1.0 if noise is None else noise.offset if offset else noise.plain
@@ -415,7 +425,9 @@ def _kv_shape(config: PretrainedConfig, index: int) -> tuple[int, int]:
 
 
 def _state_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Of a gated linear attention (Qwen3-Next and its like), for a sequence."""
+    """Of a gated linear attention (Qwen3-Next and its like), for a sequence; 0 of any other."""
+    if not hasattr(config, "linear_num_key_heads"):
+        return 0
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     heads, dim = config.linear_num_value_heads, config.linear_value_head_dim
     convolution = (2 * keys + heads * dim) * config.linear_conv_kernel_dim * itemsize
@@ -428,13 +440,19 @@ def _dtype(model_or_config: PreTrainedModel | PretrainedConfig) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
 
 
-def _measured(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[int, KeyNoise]:
+def _is_worth_an_offset(noise: KeyNoise) -> bool:
+    return noise.plain > WORTH_AN_OFFSET and noise.offset < noise.plain
+
+
+def _measured(
+    model_or_config: PreTrainedModel | PretrainedConfig, anew: bool
+) -> dict[int, KeyNoise]:
     """Nothing for a config, or a model without its weights."""
     if not isinstance(model_or_config, PreTrainedModel):
         return {}
     if any(p.device.type == "meta" for p in model_or_config.parameters()):
         return {}
-    return measured_keys(model_or_config)
+    return measured_keys(model_or_config, anew)
 
 
 def _has_biased_keys(

@@ -1,5 +1,5 @@
-"""Key offsets: exact under the softmax, learned from tokens alone, carried by every operation; and
-which layers get one, or stay dense, by default."""
+"""Keys with a part in common: offsets are exact under the softmax and follow the cache; and which
+layers get one, or stay dense, by default."""
 
 from __future__ import annotations
 
@@ -15,41 +15,38 @@ pytest.importorskip("transformers")
 import turboquant as tq
 from turboquant.hf import TurboQuantCache, UnsupportedError, diagnose, enable, enabled
 from turboquant.hf.attention import attention
-from turboquant.hf.offsets import KeyOffset
+from turboquant.hf.keys import measure_keys
+from turboquant.hf.layers import Codec, DynamicPackedLayer, PackedLayer, StaticPackedLayer
 
-from .tiny import codec, generate, left_padded, tiny_config, tiny_model
+from .tiny import codec, generate, tiny_model
 
 B, H, D = 3, 2, 64
 KINDS = pytest.mark.parametrize("max_cache_len", [None, 256], ids=["dynamic", "static"])
 
+COMMON = 10 * torch.randn(1, H, 1, D, generator=torch.Generator().manual_seed(8))
 
-def biased_states(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Keys with a large part in common, another one in each row and head."""
+
+def states(length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys with a large part in common, another one in each head; and values."""
     generator = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, B, H, length, D, generator=generator)
-    return k + 10 * torch.randn(B, H, 1, D, generator=generator), v
+    return k + COMMON, v
 
 
-def filled(
-    max_cache_len: int | None, k: Tensor, v: Tensor, lengths: tuple[int, ...]
-) -> tuple[TurboQuantCache, Any]:
-    """A cache of one layer with offsets, and what its last update returned."""
-    cache = TurboQuantCache(tiny_config(num_hidden_layers=1), max_cache_len, k_offset=True)
-    handles, start = None, 0
-    for length in lengths:
-        new = slice(start, start + length)
-        handles, start = cache.update(k[:, :, new], v[:, :, new], 0), start + length
-    return cache, handles
+def new_layer(max_cache_len: int | None, offset: Tensor | None = COMMON) -> PackedLayer:
+    options = (Codec(D, 42), "l2", "l2", offset)
+    if max_cache_len is None:
+        return DynamicPackedLayer(*options)
+    return StaticPackedLayer(*options, max_cache_len)
 
 
-def stored(cache: TurboQuantCache) -> Tensor:
-    """The keys that the cache stands for, ``[B, H, T, D]``."""
-    layer, (centroids, _, rotation) = cache.layers[0], codec(D)
-    length = int(cache.get_seq_length())
-    pair = (t[:, :, :length] for t in (layer.buffers.k_packed, layer.buffers.k_norms))
-    return tq.decompress(
-        *pair, centroids, rotation, offset=layer.offset.vector, dtype=torch.float32
-    )
+def stored(layer: PackedLayer) -> tuple[Tensor, Tensor]:
+    """The keys and values that the layer stands for, ``[B, H, T, D]``."""
+    centroids, _, rotation = codec(D)
+    b = layer.buffers.map(lambda t: t[:, :, : int(layer.get_seq_length())])
+    constants, exact = (centroids, rotation), {"dtype": torch.float32}
+    keys = tq.decompress(b.k_packed, b.k_norms, *constants, offset=layer.k_offset, **exact)
+    return keys, tq.decompress(b.v_packed, b.v_norms, *constants, **exact)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -64,14 +61,13 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_attention_is_that_over_the_whole_keys(
     sinks: Tensor | None, max_cache_len: int | None
 ) -> None:
-    k, v = biased_states(60)
-    cache, handles = filled(max_cache_len, k, v, (40, 20))
+    k, v = states(60)
+    layer = new_layer(max_cache_len)
+    layer.update(k[:, :, :40], v[:, :, :40])
+    handles = layer.update(k[:, :, 40:], v[:, :, 40:])
     q = torch.randn(B, 2 * H, 20, D, generator=torch.Generator().manual_seed(1))
     out, _ = attention(nn.Module(), q, *handles, None, scaling=0.2, s_aux=sinks)
-    layer, (centroids, _, rotation) = cache.layers[0], codec(D)
-    pair = (t[:, :, :60] for t in (layer.buffers.v_packed, layer.buffers.v_norms))
-    values = tq.decompress(*pair, centroids, rotation, dtype=torch.float32)
-    keys, values = (x.repeat_interleave(2, dim=1) for x in (stored(cache), values))
+    keys, values = (x.repeat_interleave(2, dim=1) for x in stored(layer))
     scores = (q @ keys.mT * 0.2).masked_fill(torch.ones(20, 60).tril(40) == 0, -torch.inf)
     column = torch.full((4,), -torch.inf) if sinks is None else sinks
     scores = torch.cat((scores, column.view(1, 4, 1, 1).expand(B, 4, 20, 1)), -1)
@@ -79,114 +75,48 @@ def test_attention_is_that_over_the_whole_keys(
     assert error(out.transpose(1, 2), want) < 2e-3
 
 
-def test_offsets_make_the_error_that_of_centred_keys() -> None:
-    k, v = biased_states(200)
-    cache, _ = filled(None, k, v, (150, 50))
-    content = k - k.mean(2, keepdim=True)
-    assert (stored(cache) - k).norm() / content.norm() < 0.11
-    plain = TurboQuantCache(tiny_config(num_hidden_layers=1))
-    plain.update(k, v, 0)
-    layer, (centroids, _, rotation) = plain.layers[0], codec(D)
-    pair = (t[:, :, :200] for t in (layer.buffers.k_packed, layer.buffers.k_norms))
-    bad = tq.decompress(*pair, centroids, rotation, dtype=torch.float32)
-    assert (bad - k).norm() / content.norm() > 0.8
+def test_the_error_is_that_of_what_is_left() -> None:
+    k, v = states(200)
+    content = (k - COMMON).norm()
+    with_offset, without = new_layer(None), new_layer(None, offset=None)
+    for layer in (with_offset, without):
+        layer.update(k, v)
+    assert (stored(with_offset)[0] - k).norm() / content < 0.11
+    assert (stored(without)[0] - k).norm() / content > 0.8
 
 
 def test_a_logit_cap_is_refused() -> None:
-    _, handles = filled(None, *biased_states(9), (9,))
+    handles = new_layer(None).update(*states(9))
     with pytest.raises(UnsupportedError, match="softcap over keys with an offset"):
         attention(nn.Module(), torch.randn(B, 2 * H, 9, D), *handles, None, softcap=2.0)
     options = {"attention_bias": True, "layer_types": ["full_attention"] * 2}
-    for cap in (4.0, None):
-        report = diagnose(tiny_config("gemma2", attn_logit_softcapping=cap, **options))
-        assert [layer.k_offset for layer in report.layers] == 2 * [cap is None]
-
-
-# -------------------------------------------------------------------------------- what is learned
-
-
-@KINDS
-def test_padding_is_left_out(max_cache_len: int | None) -> None:
-    """Also where a whole chunk is padding, and the other rows know theirs."""
-    k, v = biased_states(40)
-    pads = torch.tensor([0, 3, 25])
-    real = torch.arange(40) >= pads[:, None]
-    dirty = torch.where(real[:, None, :, None], k, 1e4)
-    cache = TurboQuantCache(tiny_config(num_hidden_layers=1), max_cache_len, k_offset=True)
-    cache.note_padding(real.long())
-    for first in range(0, 40, 20):
-        cache.update(dirty[:, :, first : first + 20], v[:, :, first : first + 20], 0)
-    offset = cache.layers[0].offset
-    for row, (first, last) in enumerate([(0, 20), (3, 20), (25, 40)]):
-        want = k[row, :, first:last].mean(1)
-        torch.testing.assert_close(offset.vector[row, :, 0], want, rtol=1e-4, atol=1e-4)
-    assert offset.known.all()
+    model = tiny_model("gemma2", attn_logit_softcapping=4.0, **options)
+    model.model.layers[0].self_attn.k_proj.bias.data.fill_(100.0)
+    report = diagnose(model)
+    assert report.layers[0].key_noise.plain > 2
+    assert report.compressed == [1]
+    assert not any(layer.k_offset for layer in report.layers)
+    with pytest.raises(UnsupportedError, match="under its logit cap"):
+        enable(model, k_offset=True)
 
 
 @KINDS
-def test_what_is_learned_stays(max_cache_len: int | None) -> None:
-    """From the prompt, or the first token: else keys of several offsets would lie side by side."""
-    k, v = biased_states(30)
-    cache = TurboQuantCache(tiny_config(num_hidden_layers=1), max_cache_len, k_offset=True)
-    cache.note_padding(torch.tensor([[1] * 10, [1] * 10, [0] * 10]))
-    for first, last in [(0, 10), (10, 11), (11, 30)]:
-        cache.update(k[:, :, first:last], v[:, :, first:last], 0)
-    vector = cache.layers[0].offset.vector
-    torch.testing.assert_close(vector[:2, :, 0], k[:2, :, :10].mean(2), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(vector[2, :, 0], k[2, :, 10])
-    assert not cache.layers[0].learning  # no work at each step
-
-
-def test_generate_tells_of_padding() -> None:
-    model = tiny_model()
-    ids, mask = left_padded(rows=3, length=10, pads=(0, 3, 7), seed=1)
-    with enabled(model, k_offset=True):
-        for options in ({}, {"num_beams": 2}, {"prefill_chunk_size": 4}):
-            cache = TurboQuantCache(model, k_offset=True)
-            generate(model, ids, mask, 3, past_key_values=cache, **options)
-            for row, pad in enumerate((0, 3, 7)):
-                alone = TurboQuantCache(model, k_offset=True)
-                generate(model, ids[row : row + 1, pad:], mask[row : row + 1, pad:], 3,
-                         past_key_values=alone, **options)  # fmt: skip
-                beams = options.get("num_beams", 1)
-                got = cache.layers[0].offset.vector[row * beams]
-                if "prefill_chunk_size" not in options:  # else the chunks begin elsewhere
-                    torch.testing.assert_close(got, alone.layers[0].offset.vector[0])
-                assert cache.layers[0].offset.known.all()
-
-
-# ------------------------------------------------------------------------------------ operations
-
-
-@KINDS
-def test_operations_carry_the_offset(max_cache_len: int | None) -> None:
-    k, v = biased_states(50)
-    cache, _ = filled(max_cache_len, k, v, (30, 20))
-    before = stored(cache)
-
-    twin = copy.deepcopy(cache)
+def test_operations_keep_the_offset(max_cache_len: int | None) -> None:
+    k, v = states(50)
+    layer = new_layer(max_cache_len)
+    layer.update(k, v)
+    before, _ = stored(layer)
+    twin = copy.deepcopy(layer)
     twin.crop(-10)
-    assert torch.equal(stored(twin), before[:, :, :40])
-
+    assert torch.equal(stored(twin)[0], before[:, :, :40])
     order = torch.tensor([2, 0, 2])
-    twin = copy.deepcopy(cache)
-    twin.reorder_cache(order)
-    assert torch.equal(stored(twin), before[order])
-    twin.update(k[order, :, :5], v[order, :, :5], 0)
-    assert error(stored(twin)[:, :, 50:], k[order, :, :5]) < 0.05
-
-    if max_cache_len is None:
-        twin.batch_select_indices(torch.tensor([1]))
-        twin.batch_repeat_interleave(4)
-        assert torch.equal(stored(twin)[3, :, :50], before[0])
-
-    addresses = [t.data_ptr() for t in cache.layers[0].offset.tensors]
-    cache.reset()
-    other, v = biased_states(50, seed=9)
-    cache.update(other, v, 0)
-    assert error(stored(cache), other) < 0.05
-    if max_cache_len is not None:
-        assert addresses == [t.data_ptr() for t in cache.layers[0].offset.tensors]
+    layer.reorder_cache(order)
+    layer.update(k[order, :, :5], v[order, :, :5])
+    assert torch.equal(stored(layer)[0][:, :, :50], before[order])
+    assert error(stored(layer)[0][:, :, 50:], k[order, :, :5]) < 0.05
+    layer.reset()
+    layer.update(k, v)
+    assert torch.equal(stored(layer)[0], before)
 
 
 # -------------------------------------------------------------------------- what is done by default
@@ -232,10 +162,10 @@ def test_logits_of_keys_with_a_bias_that_stays_in_place(size: float, collapse: f
 
     plain = rope(content, positions)
     biased = rope(content + bias(size, "slow", D, seed=4), positions)
-    learned = KeyOffset.zeros(biased)
-    learned.learn(biased[:, :, :512], None)
+    sample = torch.cat((torch.arange(128), torch.linspace(128, CONTEXT - 1, 128).long()))
+    offset = biased[:, :, sample].mean(2, keepdim=True)
     usual = logit_error(plain, None)
-    assert logit_error(biased, learned.vector) <= 2 * usual
+    assert logit_error(biased, offset) <= 2 * usual
     assert logit_error(biased, None) >= collapse * usual
 
 
@@ -280,6 +210,10 @@ def test_enabling_obeys_the_diagnosis_or_the_caller() -> None:
     assert report.compressed == [1, 2, 3]
     assert [layer.k_offset for layer in report.layers] == [False, False, False, True]
     assert not any(layer.k_offset for layer in enable(model, k_offset=False).layers)
+    with pytest.raises(ValueError, match="k_offset takes the model with its weights"):
+        TurboQuantCache(model.config, k_offset=True)
+    with pytest.raises(ValueError, match="skip_layers must name layers, got 1"):
+        enable(model, skip_layers=1)
     with pytest.raises(ValueError, match=r"k_offset must name layers from 0 to 3, got \[7\]"):
         enable(model, k_offset=[7])
 
@@ -305,3 +239,24 @@ def test_the_defaults_keep_a_biased_model_whole() -> None:
     assert cosine >= 0.99
     assert worse < 0.9
     assert collapse > 10 * kl
+
+
+def test_measuring_leaves_the_model_alone() -> None:
+    model = tiny_model("qwen2").train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    found = measure_keys(model)
+    assert before == {name: module.training for name, module in model.named_modules()}
+    assert [noise.mean.shape for noise in found.values()] == 2 * [(1, 2, 1, 64)]
+
+
+def test_a_cache_is_made_without_measuring_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = qwen2(BIASED)
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with enabled(model):
+        monkeypatch.setattr("turboquant.hf.keys.measure_keys", None)
+        out = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+    offsets = [getattr(layer, "k_offset", None) for layer in out.past_key_values.layers]
+    assert [offset is not None for offset in offsets] == [True, True, False, False]
+    enable(model)  # from what was found before
+    assert generate(model, ids, torch.ones_like(ids), 2)[0].shape == (1, 2)
