@@ -7,7 +7,7 @@ Keys and values are compressed in ``update``, during prefill too: no dense copy 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -269,10 +269,10 @@ class DynamicPackedLayer(PackedLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch, in this order."""
         if self.is_initialized:
-            self._select(lambda t: t[indices.to(t.device)])
+            self._select(lambda t: t[torch.as_tensor(indices, device=t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
@@ -380,10 +380,10 @@ class StaticPackedLayer(PackedLayer):
                 if tensor.dim() > 0:
                     tensor.copy_(tensor[beam_idx.to(tensor.device)])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         raise UnsupportedError(
             "a static TurboQuantCache has a fixed batch; make a dynamic one (no max_cache_len)"
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.empty(0))
+        self.batch_select_indices(())
