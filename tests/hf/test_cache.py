@@ -264,6 +264,10 @@ def test_batch_operations() -> None:
     cache.batch_select_indices(torch.tensor([5, 0, 3, 1]))
     k, v = k[[5, 0, 3, 1]], v[[5, 0, 3, 1]]
     assert_holds(cache, k, v)
+    cache.batch_select_indices((0, 2))
+    cache.batch_repeat_interleave(2)
+    k, v = k[[0, 0, 2, 2]], v[[0, 0, 2, 2]]
+    assert_holds(cache, k, v)
     assert cache.layers[0].batch_size == 4
     new_k, new_v = states(60, seed=1, rows=4)
     for layer in range(LAYERS):

@@ -7,7 +7,7 @@ Keys and values are compressed in ``update``, during prefill too: no dense copy 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -252,11 +252,12 @@ class DynamicPackedLayer(PackedLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch, in this order."""
         if self.is_initialized:
-            indices = indices.to(self.buffers.k_packed.device)  # which may be the host
-            self.buffers = self.buffers.map(lambda t: t[indices])
+            # They may be in host memory.
+            chosen = torch.as_tensor(indices, device=self.buffers.k_packed.device)
+            self.buffers = self.buffers.map(lambda t: t[chosen])
             self.batch_size = self.buffers.k_packed.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -355,10 +356,10 @@ class StaticPackedLayer(PackedLayer):
             for tensor in self.buffers:  # in place: the addresses are promised to the graph
                 tensor.copy_(tensor[beam_idx])
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         raise UnsupportedError(
             "a static TurboQuantCache has a fixed batch; make a dynamic one (no max_cache_len)"
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.empty(0))
+        self.batch_select_indices(())
