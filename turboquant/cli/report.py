@@ -23,7 +23,8 @@ from turboquant.cli.measure import (
     cache_bytes,
     compare_caches,
 )
-from turboquant.hf import UnsupportedError, diagnose
+from turboquant.hf import UnsupportedError
+from turboquant.hf.support import plan
 
 KINDS: tuple[CacheKind, ...] = ("dense", "tq4")
 NAMES: dict[CacheKind, str] = {"dense": "dense cache", "tq4": "4-bit cache"}
@@ -94,7 +95,7 @@ def one(task: Task, kind: CacheKind) -> None:
         result = _stream(task, _cached(task, kind))
     size = f"{_size(result.cache_bytes)} for {result.cached_tokens:,} tokens"
     if kind == "tq4":
-        dense_bytes = diagnose(task.model).dense_bytes * result.cached_tokens
+        dense_bytes = plan(task.model).cache_bytes(result.cached_tokens, dense=True)
         size += f"; a dense one: {_size(dense_bytes)}"
     terminal.facts(
         [

@@ -224,7 +224,8 @@ def diagnose(model_or_config: PreTrainedModel | PretrainedConfig) -> Report:
     """What :func:`turboquant.hf.enable` would do with a model, without touching it.
 
     Args:
-        model_or_config: a model, or its config alone.
+        model_or_config: a model, whose keys are measured in a forward pass of 512 tokens; or its
+            config alone.
 
     Returns:
         the plan for every layer, with warnings; or the reason of the refusal. Never raises for
