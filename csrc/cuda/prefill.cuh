@@ -175,8 +175,7 @@ class Prefill : PrefillRows<D> {
       n += rotation_images(D);
       for (int j = last_seen(at, at.end - 1); j >= at.begin;
            j = last_seen(at, j - 1), ++m, n += 2) {
-        const char* const tile =
-            task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
+        const char* const tile = Base::tile_at(at, j);
         wait_free(n);
         barrier_expect(full(n), S::kImage + norm_bytes_of(D));
         copy_operand(norms(m), tile + 2 * S::kImage, norm_bytes_of(D), full(n));
@@ -386,12 +385,7 @@ class Prefill : PrefillRows<D> {
     for (int r = 0; r < 2; ++r) most[r] = quad_max(most[r]), sum[r] = quad_sum(sum_[r]);
     const auto result = finish(at, share, most, sum);
     uint32_t a[kSteps][4];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        a[i][k] = half_pair(o_[8 * i + 2 * k] * result.down[k % 2],
-                            o_[8 * i + 2 * k + 1] * result.down[k % 2]);
+    Base::make_operand(o_, result.down, a);
 #pragma unroll
     for (int turn = 0; turn < rotation_images(D); ++turn) {
       wait_full(image_);

@@ -173,8 +173,7 @@ class PortablePrefill : PrefillRows<D, PortableShape<D>::kParts> {
   // Part `part` of all tiles'; or if there is none, the rotation's first, for the result.
   __device__ void copy_tile(int number, const RowTile& at, int part) const {
     if (part < S::kParts * at.begin) return copy_rotation(number, 0);
-    const char* const from =
-        task_.tiles + static_cast<int64_t>(at.images + part / S::kParts) * tile_bytes_of(D);
+    const char* const from = Base::tile_at(at, part / S::kParts);
     copy_part(stage(number), from, part % S::kParts);
     copy_part(stage(number) + S::kPartBytes, from + image_bytes_of(D), part % S::kParts);
     const int byte = Thread().x * 16;
@@ -363,12 +362,7 @@ class PortablePrefill : PrefillRows<D, PortableShape<D>::kParts> {
     }
     const auto result = finish(at, share, most, sums);
     uint32_t a[kSteps][4];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        a[i][k] = half_pair(o_[8 * i + 2 * k] * result.down[k % 2],
-                            o_[8 * i + 2 * k + 1] * result.down[k % 2]);
+    Base::make_operand(o_, result.down, a);
 #pragma unroll
     for (int i = 0; i < S::kOwn / 2; ++i) o_[i] = 0;
 #pragma unroll

@@ -152,13 +152,27 @@ class PrefillRows {
       return of[0] | of[1 % kQuarters] | of[2 % kQuarters] | of[3 % kQuarters];
     }
   };
-  // Of an expanded tile, from the workspace: each lane has one of the flags of keys and values.
+  // Expanded tile j, in the workspace.
+  __device__ const char* tile_at(const RowTile& at, int j) const {
+    return task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
+  }
+  // Its flags: each lane has one of the flags of keys and values.
   __device__ uint32_t load_flag(const RowTile& at, int j) const {
     const int i = threadIdx.x % 8;
-    const char* const tile = task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
-    const char* const norms = tile + 2 * image_bytes_of(D) + i / 4 * key_norm_bytes_of(D);
+    const char* const norms = tile_at(at, j) + 2 * image_bytes_of(D) + i / 4 * key_norm_bytes_of(D);
     return __ldcg(reinterpret_cast<const uint32_t*>(norms) + i % 4);
   }
+  // The sums of a warp's rows as operand A, brought to fp16 (`finish`).
+  template <int kSteps>
+  static __device__ void make_operand(const float (&o)[8 * kSteps], const float (&down)[2],
+                                      uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        a[i][k] = half_pair(o[8 * i + 2 * k] * down[k % 2], o[8 * i + 2 * k + 1] * down[k % 2]);
+  }
+
   // Arrives on the barrier of a place that is free again (Hopper's rings), for 128: each thread, if
   // all have read norms.
   __device__ void release_to(uint32_t barrier) const {

@@ -106,21 +106,18 @@ class WidePrefill : PrefillRows<512> {
     uint32_t n = 0, m = 0;
     RowTile at;
     for (int i = 0; find_rows(i, &at); ++i) {
-      const auto tile = [&](int j) {
-        return task_.tiles + static_cast<int64_t>(at.images + j) * tile_bytes_of(D);
-      };
       for (int k = group; k < rotation_images(D); k += 2)
         copy_keys(group, &n, task_.rotation + k * S::kImage, nullptr, 0);
       // The keys of a pair, then the values of the pair before.
       Pair pair = pair_before(at, at.end), before = {{-1, -1}};
       for (bool some = false, more = pair.of[0] >= at.begin; more || some;) {
         if (more) {
-          const char* const from = tile(max(pair.of[group], at.begin));
+          const char* const from = tile_at(at, max(pair.of[group], at.begin));
           copy_keys(group, &n, from, from + 2 * S::kImage, norms(m++, group));
         }
         if (some)
           for (int t = 0; t < 2; ++t)
-            copy_values(group, &n, tile(max(before.of[t], at.begin)) + S::kImage);
+            copy_values(group, &n, tile_at(at, max(before.of[t], at.begin)) + S::kImage);
         some = more, before = pair;
         if (more) pair = pair_before(at, pair.of[1]), more = pair.of[0] >= at.begin;
       }
