@@ -784,8 +784,11 @@ def test_diagnose(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
     assert f"{plan.longest_context(room, 2):,} tokens; dense" in out
     assert f"cache of 100 tokens, 2 sequences  {size(plan.cache_bytes(100, 2))}; dense" in out
     assert re.search(r"^0-1 .* 1\.\dx +1\.\dx   full attention, 4-bit$", out, re.M)
-    for option in (["--memory", "much"], ["--context", "0"]):
-        assert "is not a" in fails(capsys, "diagnose", "--model", str(tiny), *option)
+    for option, message in {
+        ("--memory", "much"): "'much' is not a size such as 32GiB",
+        ("--context", "0"): "must be at least 1, got 0",
+    }.items():
+        assert message in fails(capsys, "diagnose", "--model", str(tiny), *option)
     _config(model_type="t5")(tmp_path)
     assert main(["diagnose", "--model", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("t5: not supported: encoder-decoder")

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, BertConfig, LlamaConfig, StaticCache
 
+from turboquant.cli.measure import cache_bytes
 from turboquant.hf import TurboQuantCache, UnsupportedError, diagnose, enable
 from turboquant.hf.support import plan, weight_bytes
 
@@ -112,6 +113,7 @@ def test_predicted_memory_is_what_is_held(name: str, context: int) -> None:
     cache = TurboQuantCache(model, context)
     model(ids, past_key_values=cache)
     assert cache.nbytes == report.cache_bytes(context, batch_size=2)
+    assert cache_bytes(cache) == cache.nbytes  # what `turboquant generate` tells
     model.set_attn_implementation("eager")
     dense = StaticCache(config=model.config, max_cache_len=context)
     model(ids, past_key_values=dense)

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from turboquant.cli import models, terminal
+from turboquant.cli.generate import positive_integer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,12 +30,6 @@ def memory(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "diagnose",
@@ -45,9 +40,11 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="a hub id or a local folder")
-    add("--context", type=count, metavar="N",
+    add("--context", type=positive_integer, metavar="N",
         help="tokens of a sequence (default: the model's context, at most 32768)")  # fmt: skip
-    add("--batch-size", type=count, default=1, metavar="N", help="sequences (default: 1)")
+    add(
+        "--batch-size", type=positive_integer, default=1, metavar="N", help="sequences (default: 1)"
+    )
     add("--memory", type=memory, metavar="SIZE",
         help="such as 32GiB: how long a context fits beside the weights")  # fmt: skip
     add("--weights", action="store_true", help="load them and look at the keys")
@@ -83,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show_layers(report: Report, context: int) -> None:
     """A row for all layers that are alike."""
-    from turboquant.hf.support import ranges
+    from turboquant.hf.report import ranges
 
     alike: dict[tuple[str, ...], list[int]] = {}
     for layer in report.layers:

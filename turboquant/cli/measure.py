@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from turboquant.hf import TurboQuantCache, enabled
-from turboquant.hf.cache import PackedLayer
+from turboquant.hf.cache import held_tensors
 
 CacheKind = Literal["dense", "tq4"]
 Pick = Callable[[Tensor], int]
@@ -174,12 +174,8 @@ class Generation:
 def cache_bytes(cache: Cache) -> int:
     """Bytes of memory that hold keys and values: whole allocations, free room included."""
     storages = {}
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if not layer.is_initialized:
-            continue
-        packed = isinstance(layer, PackedLayer)
-        for tensor in layer.buffers if packed else (layer.keys, layer.values):
+    for layer in cache.layers:
+        for tensor in held_tensors(layer):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

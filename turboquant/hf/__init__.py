@@ -31,7 +31,8 @@ if _Version(_transformers.__version__).release < (5, 16):
 from turboquant.hf.attention import register as _register
 from turboquant.hf.cache import TurboQuantCache
 from turboquant.hf.patching import disable, enable, enabled
-from turboquant.hf.support import LayerReport, Report, UnsupportedError, diagnose
+from turboquant.hf.report import LayerReport, Report
+from turboquant.hf.support import UnsupportedError, diagnose
 
 # At import, so that `from_pretrained(..., attn_implementation="turboquant")` works too. Both
 # registries are dictionaries that everybody adds keys to; no existing entry is touched.

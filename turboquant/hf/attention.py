@@ -82,16 +82,17 @@ def mask(
     # Any other pattern is wrapped in a function of its own, so identity tells them apart.
     if mask_function is causal_mask_function and kv_offset == 0:
         end = q_offset + q_length
-        start: Tensor | None = torch.zeros(1, dtype=torch.int32, device=device)
-        unpadded = True
+        start: Tensor | int | None = 0
         # Padding can only be looked at on the host, which a traced graph cannot do.
         if attention_mask is not None:
-            traced = torch.compiler.is_compiling()
-            start, unpadded = (None, False) if traced else _left_padding(attention_mask, end)
+            start = None if torch.compiler.is_compiling() else _left_padding(attention_mask, end)
+        # Tensors are not compared, which would stall the stream; `end` is one with a static cache.
+        if isinstance(start, int):
+            if isinstance(end, int) and end == kv_length:
+                return None
+            start = torch.zeros(1, dtype=torch.int32, device=device)
         if start is not None:
-            # `end` in a tensor means a static cache; comparing it would stall the stream.
-            whole = unpadded and isinstance(end, int) and end == kv_length
-            return None if whole else _bounds(start, end)
+            return _bounds(start, end)
 
     # Neither may be skipped: under our name, None always means causal.
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -114,11 +115,11 @@ def _bounds(start: Tensor, end: int | Tensor) -> Tensor:
     return bounds.to(torch.int32).view(-1, 1, 1, 2)
 
 
-def _left_padding(attention_mask: Tensor, end: int | Tensor) -> tuple[Tensor | None, bool]:
-    """Where each row's tokens start, int32 ``[B]``, or None if there is padding elsewhere; and
-    whether all start at 0, when one row stands for all. Looks at the device once."""
+def _left_padding(attention_mask: Tensor, end: int | Tensor) -> Tensor | int | None:
+    """Where each row's tokens start, int32 ``[B]``; 0 if all start there; None if there is padding
+    elsewhere. Looks at the device once."""
     if attention_mask.dim() != 2:
-        return None, False
+        return None
     length = attention_mask.shape[1]
     position = torch.arange(length, device=attention_mask.device)
     filled = position < end
@@ -128,8 +129,8 @@ def _left_padding(attention_mask: Tensor, end: int | Tensor) -> tuple[Tensor | N
     left = (seen == expected).all() & (torch.zeros_like(start) + end <= length).all()
     is_left, padded = torch.stack((left, start.any())).tolist()
     if not is_left:
-        return None, False
-    return (start, False) if padded else (start[:1], True)
+        return None
+    return start if padded else 0
 
 
 def _is_bounds(attention_mask: Tensor | None) -> bool:
@@ -234,22 +235,23 @@ def _packed(
     sinks = s_aux.float() if s_aux is not None and s_aux.dtype == torch.float16 else s_aux
     if key.offset is not None and softcap is not None:
         _refuse("softcap over keys with an offset", "use k_offset=False")
-    centred = key.offset is not None and sinks is not None
-    out, lse = tq4_attention(
-        query, key.packed, key.norms, value.packed, value.norms, key.centroids, key.rotation,
-        attention_mask, False, scaling, key.kv_len, attention_mask is None,
-        kv_start=kv_start, softcap=softcap, sinks=None if centred else sinks,
-    )  # fmt: skip
-    if centred:
-        assert key.offset is not None
-        assert sinks is not None
-        # The offset has been taken out of all scores, but a sink is to be compared with the whole.
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        offset = key.offset.to(query.dtype).unsqueeze(2)
-        common = query.unflatten(1, (offset.shape[1], -1)) @ offset.mT
-        lse = lse + scale * common.flatten(1, 2).squeeze(-1).float()
-        out = out * torch.sigmoid(lse - sinks.view(1, -1, 1)).to(out.dtype).unsqueeze(-1)
-    return out
+
+    def attend(sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        return tq4_attention(
+            query, key.packed, key.norms, value.packed, value.norms, key.centroids, key.rotation,
+            attention_mask, False, scaling, key.kv_len, attention_mask is None,
+            kv_start=kv_start, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
+
+    if key.offset is None or sinks is None:
+        return attend(sinks)[0]
+    # The offset has been taken out of all scores, but a sink is to be compared with the whole.
+    out, lse = attend(None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    offset = key.offset.to(query.dtype).unsqueeze(2)
+    common = query.unflatten(1, (offset.shape[1], -1)) @ offset.mT
+    lse = lse + scale * common.flatten(1, 2).squeeze(-1).float()
+    return out * torch.sigmoid(lse - sinks.view(1, -1, 1)).to(out.dtype).unsqueeze(-1)
 
 
 def _explicit(attention_mask: Tensor | None, Lq: int, Lkv: int, device: torch.device) -> Tensor:

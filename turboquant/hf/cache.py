@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from turboquant.hf.layers import Codec, DynamicPackedLayer, PackedLayer, StaticPackedLayer
-from turboquant.hf.support import Report, config_of, plan
+from turboquant.hf.report import Report
+from turboquant.hf.support import config_of, plan
 
 
 class TurboQuantCache(Cache):
@@ -102,10 +103,10 @@ class TurboQuantCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for layer in self.layers for t in _tensors(layer))
+        return sum(t.nbytes for layer in self.layers for t in held_tensors(layer))
 
 
-def _tensors(layer: Any) -> Iterator[Tensor]:
+def held_tensors(layer: Any) -> Iterator[Tensor]:
     """What a layer holds of the tokens, ours or one of transformers'."""
     if isinstance(layer, PackedLayer):
         yield from layer.buffers if layer.is_initialized else ()

@@ -65,11 +65,11 @@ class PackedStates:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedStates:
         """On another device, as models ask for that share keys between layers."""
-        moved = PackedStates.__new__(PackedStates)
-        for name, tensor in vars(self).items():
-            copy = None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-            setattr(moved, name, copy)
-        return moved
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            for name, tensor in vars(self).items()
+        }
+        return PackedStates(**moved)
 
     _MESSAGE = (
         "these keys and values are compressed and only the attention function 'turboquant' can "
@@ -171,27 +171,20 @@ class PackedLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """To host memory. Handles that ``update`` gave out keep what is on the device."""
-        self._move("cpu")
+        if self.is_initialized:
+            self.buffers = self.buffers.map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Back to the device of the layer."""
-        self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
-        if self.is_initialized:
-            self.buffers = self.buffers.map(lambda t: t.to(device, non_blocking=True))
+        if self.is_initialized and self.buffers.k_packed.device != self.device:
+            self.buffers = self.buffers.map(lambda t: t.to(self.device, non_blocking=True))
 
 
 class DynamicPackedLayer(PackedLayer):
     """Grows with the context."""
 
     is_compileable = False
-
-    def __init__(
-        self, codec: Codec, k_norm: str, v_norm: str, k_offset: Tensor | None = None
-    ) -> None:
-        super().__init__(codec, k_norm, v_norm, k_offset)
-        self.length = 0  # tokens stored
+    length = 0  # tokens stored
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._initialize(key_states, capacity=0)
@@ -315,8 +308,7 @@ class StaticPackedLayer(PackedLayer):
             raise UnsupportedError(overflow(T, self.max_cache_len))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self.is_compileable:
-            self.prefetch()
+        self.prefetch()
         positions = self.cumulative_length + torch.arange(T, device=self.device)
         torch._assert_async(
             positions[-1] < self.max_cache_len,

@@ -8,7 +8,6 @@ computes the same, but enable only one of the two at a time.)
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from turboquant.hf.attention import NAME
 from turboquant.hf.cache import TurboQuantCache
 from turboquant.hf.layers import overflow
-from turboquant.hf.support import Report, UnsupportedError, plan
+from turboquant.hf.report import Report
+from turboquant.hf.support import UnsupportedError, plan
 
 # The instance attribute that marks an enabled model.
 _MARK = "_turboquant"
@@ -217,10 +217,6 @@ def _prepare_cache_for_generation(
             f"the attention implementation was changed to {attention!r} "
             "after turboquant.hf.enable(model); enable the model again, or disable it"
         )
-    original = functools.partial(
-        _original(self, "_prepare_cache_for_generation"),
-        generation_config, model_kwargs, generation_mode, batch_size, max_cache_length,
-    )  # fmt: skip
     cache = model_kwargs.get("past_key_values")
     named = generation_config.cache_implementation is not None
     if cache is None and not named and generation_config.use_cache is not False:
@@ -228,7 +224,9 @@ def _prepare_cache_for_generation(
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()
     else:
-        original()
+        _original(self, "_prepare_cache_for_generation")(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
     if isinstance(cache, TurboQuantCache):
         if generation_mode not in SUPPORTED_MODES:
             raise UnsupportedError(
